@@ -1,0 +1,248 @@
+"""Stage 1: train a multi-label classifier with the USAGE objective, from image-level labels alone.
+
+    python train_cls.py --backbone resnet50                        the toy scenes, in minutes on a CPU
+    python train_cls.py --data VOC --download --backbone deit_small
+    python train_cls.py --temperature inf --reg-weight 0           plain CAM
+    torchrun --nproc-per-node 4 train_cls.py ...                   several processes, --batch-size shared among them
+
+Writes classifier.pt and classifier.jsonl into the run folder; started again, it goes on after the last finished epoch.
+Next: make_seeds.py.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.transforms import v2
+
+import usage
+
+# The defaults, per kind of network and of data. All numbers OURS: those of the paper are not known to us, beyond its
+# rule "CNN: large temperature, Transformer: small temperature" (PAPER). "toy" is trained from scratch.
+RECIPES = {
+    # kind, data             temperature       reg_temperature        max_rate       size  epochs     lr
+    #                                   reg_weight    teacher_temperature    weights              batch_size  weight_decay
+    ("cnn", "toy"):         (math.inf,  0.1,   1.0,   0.5,            0.2,  "none",     97,  12,  16,  1e-3,  0.05),
+    ("transformer", "toy"): (1.0,       0.3,   1.0,   1.0,            0.2,  "none",     192, 12,  16,  1e-3,  0.05),
+    ("cnn", "photos"):      (math.inf,  0.1,   1.0,   0.5,            0.1,  "imagenet", 225, 5,   16,  1e-4,  0.05),
+    ("transformer", "photos"): (3.0,    0.3,   1.0,   1.0,            0.1,  "imagenet", 224, 10,  32,  1e-4,  0.05),
+}
+RECIPE_FLAGS = ("temperature", "reg_weight", "reg_temperature", "teacher_temperature", "max_rate", "weights", "size",
+                "epochs", "batch_size", "lr", "weight_decay")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     epilog="Flags without a default here take it from the table RECIPES in this file.")
+    add = parser.add_argument
+    add("--run", type=Path, help="folder of the results; default runs/DATA-BACKBONE")
+    add("--data", default="toy", help='"toy" or a folder in the layout of PASCAL VOC (default toy)')
+    add("--download", action="store_true", help="fetch PASCAL VOC 2012 (2 GB) into --data first")
+    add("--backbone", default="resnet50", choices=usage.BACKBONES, help="default resnet50")
+    add("--weights", help='"imagenet", "none" or a state dict; pretrained CNNs keep their BatchNorm frozen')
+    add("--temperature", type=float, help="tau1: larger spreads the seed (CNN), smaller focuses it (Transformer); inf is CAM")
+    add("--reg-weight", type=float, help="lambda: weight of L_REG, reached as the classifier learns; 0 switches it off")
+    add("--reg-temperature", type=float, help="tau2: temperature of the student's alpha in L_REG")
+    add("--teacher-temperature", type=float, help="as --reg-temperature, for the teacher; lower sharpens the target")
+    add("--max-rate", type=float, help="the student's drop rate when all is learnt")
+    add("--weak-ratio", type=float, default=0.5, help="the teacher's drop rate, as a part of the student's (default 0.5)")
+    add("--teacher-decay", type=float, default=0.99, help="of the moving average, per step (default 0.99)")
+    add("--size", type=int, help="side of the training crops; best 16k+1 for CNNs, 16k for Transformers")
+    add("--epochs", type=int)
+    add("--batch-size", type=int, help="over all processes; halve it when memory runs out")
+    add("--lr", type=float, help="peak of the one-cycle schedule; a new classifier on a pretrained trunk gets 10 times that")
+    add("--weight-decay", type=float)
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=2, help="processes that load images (default 2)")
+    add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
+    args = parser.parse_args()
+    kind = "cnn" if args.backbone in usage.CNNS else "transformer"
+    for flag, value in zip(RECIPE_FLAGS, RECIPES[kind, "toy" if args.data == "toy" else "photos"]):
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    args.run = args.run or Path("runs") / f"{Path(args.data).resolve().name}-{args.backbone}"
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    for flag, low, high in (("temperature", 0, math.inf), ("reg_weight", 0, math.inf), ("reg_temperature", 0, math.inf),
+                            ("teacher_temperature", 0, math.inf), ("max_rate", 0, 1), ("weak_ratio", 0, 1),
+                            ("teacher_decay", 0, 1), ("size", 16, 10**5), ("epochs", 1, 10**6), ("batch_size", 1, 10**6),
+                            ("lr", 0, math.inf), ("weight_decay", 0, math.inf)):
+        if not low <= getattr(args, flag) <= high:
+            raise usage.InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: pass {low} to {high}")
+
+
+class LabelledImages(Dataset):
+    """Image and image-level labels: ((3, size, size), (C,)). Never opens a mask."""
+
+    def __init__(self, data, split, transform):
+        self.ids = data.split(split)
+        self.labels = data.labels(self.ids)
+        self.paths = [data.images[name] for name in self.ids]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return self.transform(usage.read_image(self.paths[index])), self.labels[index]
+
+
+def freeze_batchnorm(network):
+    """Let BatchNorm use its running statistics as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+@torch.no_grad()
+def classify(network, loader, temperature, device):
+    """Mean average precision and accuracy per label of a network: floats in [0, 1]."""
+    network.eval()
+    scores, labels = [], []
+    for images, target in loader:
+        with usage.fast_autocast(device):
+            activations = network(images.to(device, memory_format=torch.channels_last))
+        alpha = usage.spatial_activation_distribution(activations, temperature)
+        scores.append(usage.class_scores(activations, alpha).cpu())
+        labels.append(target)
+    scores, labels = torch.cat(scores), torch.cat(labels)                       # (images, C)
+    accuracy = ((scores > 0) == (labels > 0.5)).float().mean().item()
+    hits = labels.gather(0, scores.argsort(0, descending=True))                 # best first
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)[:, None]
+    average = (precision * hits).sum(0) / hits.sum(0)                           # (C,), NaN for classes without an image
+    return average[hits.sum(0) > 0].mean().item(), accuracy
+
+
+def main():
+    args = parse_arguments()
+    device, rank, world = usage.start_processes(args.device, args.workers)
+    if args.batch_size % world:
+        raise usage.InputError(f"--batch-size {args.batch_size}: pass a multiple of the {world} processes")
+
+    # ---- data
+    if rank == 0:
+        data = usage.VocFolder(args.data, args.download)                        # draws or downloads: once
+    if world > 1:
+        torch.distributed.barrier()
+    data = usage.VocFolder(args.data)
+    split = "train_aug" if data.has_split("train_aug") else "train"
+    photos = [v2.ColorJitter(0.3, 0.3, 0.3)] if args.data != "toy" else []      # colour is the toy's only hint
+    train_set = LabelledImages(data, split, v2.Compose([
+        v2.RandomResizedCrop(args.size, scale=(0.5, 1.0), antialias=True), v2.RandomHorizontalFlip(), *photos,
+        usage.TO_TENSOR]))
+    sampler = DistributedSampler(train_set, world, rank, seed=args.seed, drop_last=True)
+    loader = DataLoader(train_set, args.batch_size // world, sampler=sampler, num_workers=args.workers, drop_last=True,
+                        pin_memory=device.type == "cuda")
+    if not len(loader):
+        raise usage.InputError(f"--batch-size {args.batch_size}: {split} has {len(train_set)} images; pass fewer")
+    if rank == 0:
+        print(f"{data.root}: {len(train_set)} images of {split}"
+              + ("" if split == "train_aug" or args.data == "toy" else " (no train_aug.txt)")
+              + f", {len(data.classes)} classes; {args.backbone} on {device} x {world}, run folder {args.run}")
+
+    # ---- student, teacher, optimiser
+    torch.manual_seed(args.seed)
+    student = usage.build_network(args.backbone, len(data.classes), args.weights)
+    student = student.to(device, memory_format=torch.channels_last)
+    frozen = args.weights != "none" and args.backbone in usage.CNNS             # BatchNorm: the field's custom
+    if frozen:
+        for module in student.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+    teacher = usage.ema_teacher(student, args.teacher_decay)
+    groups = [{"params": [p for p in student.trunk.parameters() if p.requires_grad], "lr": args.lr},
+              {"params": student.classifier.parameters(), "lr": args.lr * (10 if args.weights != "none" else 1)}]
+    optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [group["lr"] for group in groups],
+                                                   total_steps=args.epochs * len(loader))
+    ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
+
+    # ---- resume
+    path = args.run / "classifier.pt"
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "download", "workers", "device")}
+    settings |= {"data": str(data.root.resolve()), "classes": data.classes, "split": split}
+    epoch, running, seconds = 0, math.log(2), 0.0
+    if path.is_file():
+        state = usage.load_checkpoint(path, "remove it to start again")
+        changed = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
+        if changed:
+            raise usage.InputError(f"{path}: made with another {changed[0]}; pass another --run, or remove it")
+        epoch, running, seconds = state["epoch"], state["running"], state["seconds"]
+        for name, part in (("student", student), ("teacher", teacher), ("optimiser", optimiser), ("schedule", schedule)):
+            part.load_state_dict(state[name])
+        if rank == 0:
+            print(f"{path}: {epoch} of {args.epochs} epochs done")
+
+    # ---- training
+    log = usage.Log(args.run / "classifier.jsonl", args.epochs * len(loader) * args.batch_size,
+                    epoch * len(loader) * args.batch_size)
+    while epoch < args.epochs:
+        start = time.time()
+        torch.manual_seed(hash((args.seed, epoch, rank)))                       # an epoch done again is the same epoch
+        sampler.set_epoch(epoch)
+        student.train(), teacher.train()
+        freeze_batchnorm(teacher)
+        if frozen:
+            freeze_batchnorm(student)
+        for step, (images, labels) in enumerate(loader, start=epoch * len(loader) + 1):
+            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)                       # (B, C)
+            q = usage.learning_status(running)
+            strong, weak = usage.adjustment_rates(q, args.max_rate, args.weak_ratio)
+            usage.set_adjustment(student, strong if args.reg_weight else 0.0)
+            usage.set_adjustment(teacher.module, weak)
+
+            with usage.fast_autocast(device):
+                s = ddp(images)                                                 # (B, C, h, w), strongly adjusted
+            generation = usage.generation_loss(s, labels, args.temperature)
+            loss, regularization = generation, torch.zeros_like(generation)
+            if args.reg_weight:
+                with usage.fast_autocast(device), torch.no_grad():
+                    target = teacher.module(images)                             # (B, C, h, w), weakly adjusted
+                alpha = usage.spatial_activation_distribution(s, args.reg_temperature)
+                target = usage.spatial_activation_distribution(target, args.teacher_temperature)
+                regularization = usage.consistency_loss(alpha, target, labels)
+                loss = generation + args.reg_weight * q * regularization        # OURS: lambda grows with q, see README
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            teacher.update_parameters(student)
+
+            terms = torch.stack([generation.detach(), regularization.detach()])
+            if world > 1:
+                torch.distributed.all_reduce(terms, torch.distributed.ReduceOp.SUM)
+            generation, regularization = (terms / world).tolist()
+            if not math.isfinite(generation + regularization):
+                raise usage.InputError(f"step {step}: the loss is not finite (L_GEN {generation}, L_REG {regularization}); "
+                                       f"lower --lr or --reg-weight; {path} holds the last finished epoch")
+            running += 0.05 * (generation - running)                            # OURS: a memory of about 20 steps
+            if rank == 0 and (step % 10 == 0 or step == args.epochs * len(loader)):
+                print("\r" + log.line(step * args.batch_size, step=step, L_GEN=generation, L_REG=regularization, q=q,
+                                      lr=schedule.get_last_lr()[0]), end="  ", flush=True)
+        epoch, seconds = epoch + 1, seconds + time.time() - start
+        if rank == 0:
+            usage.save_checkpoint(path, {"settings": settings, "epoch": epoch, "running": running, "seconds": seconds,
+                                         "student": student.state_dict(), "teacher": teacher.state_dict(),
+                                         "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()})
+
+    # ---- classification on unseen images
+    if rank == 0 and data.has_split("val"):
+        size = usage.fitting_size((args.size, args.size), student.align_corners)
+        val_set = LabelledImages(data, "val", v2.Compose([v2.Resize(size, antialias=True), usage.TO_TENSOR]))
+        precision, accuracy = classify(teacher.module, DataLoader(val_set, args.batch_size, num_workers=args.workers),
+                                       args.temperature, device)
+        print(f"\nval, {len(val_set)} images: mAP {precision:.3f}, accuracy per label {accuracy:.3f}, trained in "
+              f"{seconds / 60:.1f} min\nnext: python make_seeds.py --run {args.run}")
+
+
+if __name__ == "__main__":
+    with usage.one_line_errors("run the same command again"):
+        main()
