@@ -60,8 +60,9 @@ def parse_arguments():
     add("--workers", type=int, default=2, help="processes that load images (default 2)")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
+    args.photos = args.data != "toy"
     kind = "cnn" if args.backbone in usage.CNNS else "transformer"
-    for flag, value in zip(RECIPE_FLAGS, RECIPES[kind, "toy" if args.data == "toy" else "photos"]):
+    for flag, value in zip(RECIPE_FLAGS, RECIPES[kind, "photos" if args.photos else "toy"]):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     args.run = args.run or Path("runs") / f"{Path(args.data).resolve().name}-{args.backbone}"
@@ -92,13 +93,6 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, index):
         return self.transform(usage.read_image(self.paths[index])), self.labels[index]
-
-
-def freeze_batchnorm(network):
-    """Let BatchNorm use its running statistics as they are."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
 
 
 @torch.no_grad()
@@ -133,7 +127,7 @@ def main():
         torch.distributed.barrier()
     data = usage.VocFolder(args.data)
     split = "train_aug" if data.has_split("train_aug") else "train"
-    photos = [v2.ColorJitter(0.3, 0.3, 0.3)] if args.data != "toy" else []      # colour is the toy's only hint
+    photos = [v2.ColorJitter(0.3, 0.3, 0.3)] if args.photos else []             # colour is the toy's only hint
     train_set = LabelledImages(data, split, v2.Compose([
         v2.RandomResizedCrop(args.size, scale=(0.5, 1.0), antialias=True), v2.RandomHorizontalFlip(), *photos,
         usage.TO_TENSOR]))
@@ -144,7 +138,7 @@ def main():
         raise usage.InputError(f"--batch-size {args.batch_size}: {split} has {len(train_set)} images; pass fewer")
     if rank == 0:
         print(f"{data.root}: {len(train_set)} images of {split}"
-              + ("" if split == "train_aug" or args.data == "toy" else " (no train_aug.txt)")
+              + ("" if split == "train_aug" or not args.photos else " (no train_aug.txt)")
               + f", {len(data.classes)} classes; {args.backbone} on {device} x {world}, run folder {args.run}")
 
     # ---- student, teacher, optimiser
@@ -153,13 +147,11 @@ def main():
     student = student.to(device, memory_format=torch.channels_last)
     frozen = args.weights != "none" and args.backbone in usage.CNNS             # BatchNorm: the field's custom
     if frozen:
-        for module in student.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+        usage.freeze_batchnorm(student)
     teacher = usage.ema_teacher(student, args.teacher_decay)
     groups = [{"params": [p for p in student.trunk.parameters() if p.requires_grad], "lr": args.lr},
               {"params": student.classifier.parameters(), "lr": args.lr * (10 if args.weights != "none" else 1)}]
-    optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [group["lr"] for group in groups],
                                                    total_steps=args.epochs * len(loader))
     ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
@@ -168,17 +160,11 @@ def main():
     path = args.run / "classifier.pt"
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "download", "workers", "device")}
     settings |= {"data": str(data.root.resolve()), "classes": data.classes, "split": split}
-    epoch, running, seconds = 0, math.log(2), 0.0
-    if path.is_file():
-        state = usage.load_checkpoint(path, "remove it to start again")
-        changed = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
-        if changed:
-            raise usage.InputError(f"{path}: made with another {changed[0]}; pass another --run, or remove it")
-        epoch, running, seconds = state["epoch"], state["running"], state["seconds"]
-        for name, part in (("student", student), ("teacher", teacher), ("optimiser", optimiser), ("schedule", schedule)):
-            part.load_state_dict(state[name])
-        if rank == 0:
-            print(f"{path}: {epoch} of {args.epochs} epochs done")
+    parts = {"student": student, "teacher": teacher, "optimiser": optimiser, "schedule": schedule}
+    state = {"epoch": 0, "running": math.log(2), "seconds": 0.0} | usage.resume(path, settings, parts)
+    epoch, running, seconds = state["epoch"], state["running"], state["seconds"]
+    if epoch and rank == 0:
+        print(f"{path}: {epoch} of {args.epochs} epochs done")
 
     # ---- training
     log = usage.Log(args.run / "classifier.jsonl", args.epochs * len(loader) * args.batch_size,
@@ -188,9 +174,9 @@ def main():
         torch.manual_seed(hash((args.seed, epoch, rank)))                       # an epoch done again is the same epoch
         sampler.set_epoch(epoch)
         student.train(), teacher.train()
-        freeze_batchnorm(teacher)
+        usage.freeze_batchnorm(teacher)
         if frozen:
-            freeze_batchnorm(student)
+            usage.freeze_batchnorm(student)
         for step, (images, labels) in enumerate(loader, start=epoch * len(loader) + 1):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)                       # (B, C)
@@ -230,8 +216,7 @@ def main():
         epoch, seconds = epoch + 1, seconds + time.time() - start
         if rank == 0:
             usage.save_checkpoint(path, {"settings": settings, "epoch": epoch, "running": running, "seconds": seconds,
-                                         "student": student.state_dict(), "teacher": teacher.state_dict(),
-                                         "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()})
+                                         **{name: part.state_dict() for name, part in parts.items()}})
 
     # ---- classification on unseen images
     if rank == 0 and data.has_split("val"):

@@ -162,7 +162,7 @@ def ema_teacher(student, decay):
     The first call copies the student. The averaged network is `teacher.module`. decay in [0, 1]. Source: Sec. 4.2.
     """
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-    return torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+    return torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)
 
 
 # ---- Seeds: the protocol of the field (IRN, SEAM, MCTformer) ---------------------------------------------------------
@@ -409,6 +409,13 @@ def multi_scale_activations(network, image, base, scales, flip):
         s = network(view.contiguous(memory_format=torch.channels_last))
         activations += [s[:1], s[1:].flip(-1)] if flip else [s]
     return activations
+
+
+def freeze_batchnorm(network):
+    """Let BatchNorm use its statistics and weights as they are; to be called again after network.train()."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
 
 
 def fast_autocast(device):
@@ -783,6 +790,53 @@ def load_checkpoint(path, remedy):
     if not isinstance(state, dict):
         raise InputError(f"{path}: not a checkpoint but a {type(state).__name__}; {remedy}")
     return state
+
+
+def resume(path, settings, parts):
+    """Put what an interrupted training left at `path` into `parts` ({name: object with load_state_dict}).
+
+    Returns the whole checkpoint, {} if there is none yet. InputError if it was made with other settings.
+    """
+    if not Path(path).is_file():
+        return {}
+    state = load_checkpoint(path, "remove it to start again")
+    changed = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
+    if changed:
+        raise InputError(f"{path}: made with another {changed[0]}; pass another --run, or remove it to start again")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
+
+def load_classifier(run):
+    """The averaged network (the teacher) of a finished stage 1 and the settings it was trained with."""
+    path = Path(run) / "classifier.pt"
+    state = load_checkpoint(path, f"run train_cls.py --run {run} first")
+    try:
+        settings, epoch = state["settings"], state["epoch"]
+        network = build_network(settings["backbone"], len(settings["classes"]))
+        averaged = {name.removeprefix("module."): tensor for name, tensor in state["teacher"].items()}
+        averaged.pop("n_averaged")
+        network.load_state_dict(averaged)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: not a classifier of train_cls.py ({str(error).strip().splitlines()[0][:100]}); run "
+                         f"train_cls.py with another --run") from error
+    if epoch < settings["epochs"]:
+        raise InputError(f"{path}: {epoch} of {settings['epochs']} epochs done; run train_cls.py again, it goes on there")
+    return network, settings
+
+
+def check_classes(data, classes, run):
+    """InputError unless the data's classes are those that the run was trained on."""
+    if list(data.classes) != list(classes):
+        raise InputError(f"{data.root}: its {len(data.classes)} classes are not the {len(classes)} of {run}; pass the "
+                         "--data, or the --run, that belong together")
+
+
+def refuse_truth(folder, data):
+    """InputError if a folder of seeds is the folder of the true masks."""
+    if Path(folder).resolve() == (data.root / "SegmentationClass").resolve():
+        raise InputError(f"{folder}: is the folder of the true masks; seeds belong elsewhere, pass another folder")
 
 
 class Log:

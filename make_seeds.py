@@ -1,0 +1,129 @@
+"""Stage 2: seed areas of the training images, from the classifier of stage 1 and the image-level labels.
+
+    python make_seeds.py --run runs/toy-resnet50
+
+Reads classifier.pt. Writes into the run folder: seeds/<id>.png, label maps in VOC's palette; scores/<id>.npz, the scores
+of the present classes, from which eval.py --sweep reads; seeds.png, a sheet of photograph | heat map | seed | truth.
+Masks are opened for the last column of that sheet alone. Started again, it continues where it stopped.
+Next: train_seg.py, or eval.py.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+import usage
+
+SCALES = (0.5, 1.0, 1.5, 2.0)       # IRN's; 1 is the photograph with its longer side at the size of training
+THRESHOLD = 0.4                     # OURS: chosen on half of 1000 VOC photographs, see README
+
+
+class Photographs(Dataset):
+    """Image (3, H, W), labels (C,) and the id, for those ids whose seeds are not there yet."""
+
+    def __init__(self, data, ids):
+        self.data, self.ids, self.labels = data, ids, data.labels(ids)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        name = self.ids[index]
+        return usage.TO_TENSOR(usage.read_image(self.data.images[name])), self.labels[index], name
+
+
+def write_settings(path, settings):
+    """Record what the seeds are made with, or make sure that seeds from before were made with the same."""
+    if path.is_file():
+        before = usage.read_json(path)
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            raise usage.InputError(f"{path}: there are seeds made with another {changed[0]}; remove that file, seeds/ and "
+                                   "scores/ beside it to make them anew")
+    with usage.written(path) as temporary:
+        temporary.write_text(json.dumps(settings))
+
+
+def contact_sheet(run, data, ids):
+    """Photograph | heat map of the strongest class | seed | truth, where there is one, of ten images."""
+    rows = []
+    for name in ids[::max(1, len(ids) // 10)][:10]:
+        photo = v2.functional.pil_to_tensor(usage.read_image(data.images[name]))
+        levels = torch.from_numpy(np.load(run / f"scores/{name}.npz")["levels"]).float()
+        heat = levels.amax(0) / 255 if len(levels) else torch.zeros(photo.shape[1:])
+        rows.append([photo, usage.heat_map(photo, heat)])
+        for path in (run / f"seeds/{name}.png", data.mask_path(name)):
+            mask = usage.read_mask(path, photo.shape[1:], len(data.classes)) if path.is_file() else None
+            rows[-1].append(None if mask is None else usage.overlay(photo, mask))
+    usage.save_contact_sheet(run / "seeds.png", rows)
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stage 1 (default runs/toy-resnet50)")
+    add("--data", help="where the data lies now, if it has moved since stage 1")
+    add("--threshold", type=float, default=THRESHOLD, help=f"a pixel above it is foreground (default {THRESHOLD})")
+    add("--scales", type=float, nargs="+", default=SCALES, help="default 0.5 1 1.5 2")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
+    add("--workers", type=int, default=2, help="processes that load images (default 2)")
+    add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
+    args = parser.parse_args()
+    if not 0 <= args.threshold <= 1 or not all(0 < scale <= 8 for scale in args.scales):
+        raise usage.InputError("--threshold takes 0 to 1, --scales more than 0 and at most 8")
+    device, rank, world = usage.start_processes(args.device, args.workers)
+
+    # ---- the classifier and its data
+    network, trained = usage.load_classifier(args.run)
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    data = usage.VocFolder(args.data or trained["data"])
+    usage.check_classes(data, trained["classes"], args.run)
+    usage.refuse_truth(args.run / "seeds", data)
+    ids = data.split(trained["split"])
+    settings = {"threshold": args.threshold, "scales": list(args.scales), "flip": args.flip, "split": trained["split"],
+                "data": str(data.root.resolve()), "classes": data.classes}
+    if rank == 0:
+        write_settings(args.run / "seeds.json", settings)
+        print(f"{data.root}: seeds of {len(ids)} images of {trained['split']}, threshold {args.threshold} (fixed), into "
+              f"{args.run / 'seeds'}")
+
+    # ---- seeds
+    todo = [name for name in ids[rank::world] if not (args.run / f"seeds/{name}.png").is_file()]
+    if len(todo) < len(ids[rank::world]):
+        print(f"{len(ids[rank::world]) - len(todo)} of them are there")
+    log = usage.Log(args.run / "seeds.jsonl", len(todo))
+    loader = DataLoader(Photographs(data, todo), batch_size=None, num_workers=args.workers)
+    for done, (image, labels, name) in enumerate(loader, start=1):
+        present = labels.nonzero()[:, 0].to(device)                                 # (K,) the classes of the image
+        size = image.shape[-2:]
+        base = [side * trained["size"] / max(size) for side in size]
+        with usage.fast_autocast(device):
+            activations = usage.multi_scale_activations(network, image[None].to(device), base, args.scales, args.flip)
+        activations = [s[:, present] for s in activations]                          # (1, C, h, w) -> (1, K, h, w)
+        scores = usage.seed_scores(activations, torch.ones(1, len(present), device=device), size, network.align_corners)
+        levels = (255 * scores).round().byte()                                      # (1, K, H, W), kept in 8 bits
+        seed = usage.label_map(levels / 255, args.threshold)[0] if len(present) else torch.zeros(size, dtype=torch.long)
+        seed = torch.cat([present.new_zeros(1), present + 1])[seed]                 # (H, W), numbers among all classes
+        with usage.written(args.run / f"scores/{name}.npz") as temporary:
+            np.savez_compressed(temporary, classes=present.cpu().numpy(), levels=levels[0].cpu().numpy())
+        usage.save_mask(args.run / f"seeds/{name}.png", seed.cpu())                 # last: its being there means done
+        if rank == 0 and (done % 10 == 0 or done == len(todo)):
+            print("\r" + log.line(done, images=done), end="  ", flush=True)
+
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        contact_sheet(args.run, data, ids)
+        print(f"\n{args.run / 'seeds.png'} shows some\nnext: python train_seg.py --run {args.run}, or python eval.py "
+              f"--run {args.run}")
+
+
+if __name__ == "__main__":
+    with usage.one_line_errors("run the same command again: it continues where it stopped"):
+        main()

@@ -1,0 +1,744 @@
+"""Tests: the paper's formulas against slow loops, its special cases as equalities, the four stages as processes.
+
+    python -m pytest -q test_usage.py
+"""
+
+import inspect
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+
+import eval as evaluation
+import usage
+
+HERE = Path(__file__).parent
+TEMPERATURES = (0.0, 1e-3, 0.5, 1.0, 30.0, math.inf)
+
+
+@pytest.fixture(autouse=True)
+def fixed_random_numbers():
+    torch.manual_seed(0)
+
+
+def random_labels(images=3, classes=4):
+    labels = (torch.rand(images, classes) < 0.5).float()
+    labels[0] = 0                                               # an image without any class
+    labels[1] = 1
+    return labels
+
+
+# ---- Sec. 4.1 --------------------------------------------------------------------------------------------------------
+
+
+def slow_distribution(activations, temperature):
+    """alpha[c,i] = exp(s[c,i] / tau) / sum_j exp(s[c,j] / tau), position by position in Python's floats."""
+    result = torch.zeros_like(activations)
+    for b, c in np.ndindex(*activations.shape[:2]):
+        s = activations[b, c].flatten().tolist()
+        if temperature == 0:
+            weights = [1.0 if i == s.index(max(s)) else 0.0 for i in range(len(s))]
+        elif temperature == math.inf:
+            weights = [1.0] * len(s)
+        else:
+            weights = [math.exp((value - max(s)) / temperature) for value in s]
+        result[b, c] = torch.tensor([weight / sum(weights) for weight in weights]).view(activations.shape[2:])
+    return result
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_distribution_equals_the_slow_loop(temperature):
+    s = torch.randn(3, 4, 5, 6) * 5
+    alpha = usage.spatial_activation_distribution(s, temperature)
+    assert alpha.shape == s.shape
+    torch.testing.assert_close(alpha, slow_distribution(s, temperature))
+    torch.testing.assert_close(alpha.sum((2, 3)), torch.ones(3, 4))
+
+
+def test_distribution_special_cases_are_exact():
+    s = torch.randn(2, 3, 4, 7)
+    assert (usage.spatial_activation_distribution(s, math.inf) == 1 / 28).all()
+    s[0, 0].fill_(1.0)                                          # a tie: the first position wins
+    alpha = usage.spatial_activation_distribution(s, 0)
+    assert alpha[0, 0].flatten().tolist() == [1.0] + [0.0] * 27
+    assert ((alpha == 0) | (alpha == 1)).all() and (alpha.sum((2, 3)) == 1).all()
+
+
+@pytest.mark.parametrize("temperature", [-1.0, -math.inf, math.nan])
+def test_no_such_temperature(temperature):
+    s = torch.randn(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="temperature"):
+        usage.spatial_activation_distribution(s, temperature)
+    with pytest.raises(ValueError, match="temperature"):
+        usage.generation_loss(s, torch.ones(1, 1), temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_extreme_activations_do_not_overflow(dtype):
+    s = (torch.randn(2, 3, 4, 4) * 1e4).to(dtype).requires_grad_()
+    labels = random_labels(2, 3)
+    for temperature in TEMPERATURES:
+        with torch.autocast("cpu", torch.bfloat16):
+            alpha = usage.spatial_activation_distribution(s, temperature)
+            loss = usage.generation_loss(s, labels, temperature) + usage.consistency_loss(alpha, alpha.flip(-1), labels)
+        assert alpha.dtype == loss.dtype == torch.float32
+        torch.testing.assert_close(alpha.detach().sum((2, 3)), torch.ones(2, 3))
+        gradient, = torch.autograd.grad(loss, s)
+        assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_generation_loss_equals_the_slow_loop(temperature):
+    s, labels = torch.randn(3, 4, 5, 6) * 3, random_labels()
+    alpha, total = slow_distribution(s, temperature), 0.0
+    for b, c in np.ndindex(3, 4):
+        score = sum(a * v for a, v in zip(alpha[b, c].flatten().tolist(), s[b, c].flatten().tolist()))
+        signed = score if labels[b, c] else -score
+        total += math.log1p(math.exp(-signed)) / 12
+    assert usage.generation_loss(s, labels, temperature).item() == pytest.approx(total, rel=1e-5)
+    by_parts = usage.class_scores(s, usage.spatial_activation_distribution(s, temperature))
+    torch.testing.assert_close(F.multilabel_soft_margin_loss(by_parts, labels),
+                               usage.generation_loss(s, labels, temperature))
+
+
+def test_cam_is_infinite_temperature():
+    """Global average pooling of 1x1-convolved features, trained with the logistic loss: values and gradients."""
+    features, classifier, labels = torch.randn(3, 8, 5, 6), nn.Conv2d(8, 4, 1), random_labels()
+    cam = F.multilabel_soft_margin_loss(F.linear(F.adaptive_avg_pool2d(features, 1)[:, :, 0, 0],
+                                                 classifier.weight[:, :, 0, 0], classifier.bias), labels)
+    ours = usage.generation_loss(classifier(features), labels, math.inf)
+    torch.testing.assert_close(ours, cam)
+    for a, b in zip(torch.autograd.grad(ours, classifier.parameters()), torch.autograd.grad(cam, classifier.parameters())):
+        torch.testing.assert_close(a, b)
+
+
+def test_mil_is_zero_temperature():
+    s, labels = torch.randn(3, 4, 5, 6, requires_grad=True), random_labels()
+    mil = F.multilabel_soft_margin_loss(F.adaptive_max_pool2d(s, 1)[:, :, 0, 0], labels)
+    ours = usage.generation_loss(s, labels, 0)
+    torch.testing.assert_close(ours, mil)
+    torch.testing.assert_close(torch.autograd.grad(ours, s), torch.autograd.grad(mil, s))
+    torch.testing.assert_close(usage.generation_loss(s, labels, 1e-4), mil)          # and its limit
+
+
+def test_class_to_patch_attention_is_one_more_alpha():
+    network = usage.build_network("deit_tiny", 3).eval()
+    with torch.no_grad():
+        s, attention = network(torch.randn(2, 3, 48, 64), return_attention=True)
+    assert s.shape == (2, 3, 3, 4) and attention.shape == (2, 1, 3, 4)
+    torch.testing.assert_close(attention.sum((2, 3)), torch.ones(2, 1))
+    scores = usage.class_scores(s, attention)
+    for b, c in np.ndindex(2, 3):
+        assert scores[b, c].item() == pytest.approx((s[b, c] * attention[b, 0]).sum().item(), abs=1e-5)
+
+
+# ---- Sec. 4.2 --------------------------------------------------------------------------------------------------------
+
+
+def test_consistency_loss_equals_the_slow_loop():
+    student, teacher = (usage.spatial_activation_distribution(torch.randn(3, 4, 5, 6), 1.0) for _ in range(2))
+    labels, pairs = random_labels(), []
+    for b, c in np.ndindex(3, 4):
+        if labels[b, c]:
+            pairs.append(sum(t * math.log(t / s) for t, s in zip(teacher[b, c].flatten().tolist(),
+                                                                 student[b, c].flatten().tolist())))
+    assert usage.consistency_loss(student, teacher, labels).item() == pytest.approx(sum(pairs) / len(pairs), rel=1e-4)
+
+
+def test_consistency_loss_at_its_edges():
+    s = torch.randn(2, 3, 4, 4, requires_grad=True)
+    t = torch.randn(2, 3, 4, 4, requires_grad=True)
+    student, teacher = (usage.spatial_activation_distribution(a, 0.5) for a in (s, t))
+    assert usage.consistency_loss(student, student, torch.ones(2, 3)) == 0
+    loss = usage.consistency_loss(student, teacher, torch.ones(2, 3))
+    assert loss > 0
+    loss.backward()
+    assert t.grad is None and s.grad.abs().sum() > 0
+    s.grad = None
+    nothing = usage.consistency_loss(usage.spatial_activation_distribution(s, 0.5), teacher, torch.zeros(2, 3))
+    nothing.backward()
+    assert nothing == 0 and (s.grad == 0).all()
+    one_hot = usage.spatial_activation_distribution(s, 0), usage.spatial_activation_distribution(t, 0)
+    assert usage.consistency_loss(*one_hot, torch.ones(2, 3)).isfinite()
+
+
+def test_learning_status_and_rates():
+    assert usage.learning_status(math.log(2)) == pytest.approx(0) and usage.learning_status(0.0) == 1
+    assert usage.learning_status(5.0) == 0
+    assert usage.learning_status(0.5 * math.log(2)) == pytest.approx(0.5)
+    assert usage.adjustment_rates(0.5, 0.2, 0.3) == (pytest.approx(0.1), pytest.approx(0.03))
+    assert usage.adjustment_rates(0.0, 0.2, 0.5) == (0, 0)
+    for wrong in (math.nan, -1.0):
+        with pytest.raises(ValueError):
+            usage.learning_status(wrong)
+        with pytest.raises(ValueError):
+            usage.adjustment_rates(0.5, wrong, 0.5)
+
+
+def test_teacher_is_the_moving_average_of_weights_and_buffers():
+    student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    teacher = usage.ema_teacher(student, 0.9)
+    expected, previous = None, None
+    for _ in range(4):
+        with torch.no_grad():
+            student[0].weight += torch.randn(3, 3)
+        student(torch.randn(8, 3))
+        teacher.update_parameters(student)
+        now = torch.cat([student[0].weight.detach().flatten(), student[1].running_mean])
+        expected = now if previous is None else 0.9 * expected + 0.1 * now
+        previous = now
+    got = torch.cat([teacher.module[0].weight.flatten(), teacher.module[1].running_mean])
+    torch.testing.assert_close(got, expected)
+
+
+PAPER = [name for name, function in inspect.getmembers(usage, inspect.isfunction) if function.__module__ == "usage"
+         and inspect.getsourcelines(function)[1] < inspect.getsource(usage).split("# 2. The networks")[0].count("\n")]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_functions_of_the_paper_stand_alone(name):
+    """Each, pasted below `import torch` and `import torch.nn.functional as F`, gives what it gives here."""
+    alone = {"torch": torch, "F": F}
+    exec(inspect.getsource(getattr(usage, name)), alone)
+    s, alpha = torch.randn(2, 3, 4, 4), torch.softmax(torch.randn(2, 3, 16), -1).view(2, 3, 4, 4)
+    labels = torch.ones(2, 3)
+    network = usage.build_network("mobilenet_v2", 2)
+    arguments = {
+        "spatial_activation_distribution": (s, 0.7), "class_scores": (s, alpha), "generation_loss": (s, labels, 0.7),
+        "consistency_loss": (alpha, alpha.flip(0), labels), "learning_status": (0.3,), "adjustment_rates": (0.3, 0.2, 0.5),
+        "set_adjustment": (network, 0.3), "ema_teacher": (nn.Linear(2, 2), 0.9),
+        "seed_scores": ([s, s], labels, (9, 9)), "label_map": (alpha, 0.05)}[name]
+    here, there = getattr(usage, name)(*arguments), alone[name](*arguments)
+    if name == "ema_teacher":
+        here, there = here.module.weight, there.module.weight
+    torch.testing.assert_close(here, there)
+
+
+# ---- Seeds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_seed_scores_equal_the_slow_loop(align_corners):
+    maps, labels = [torch.randn(2, 3, 3, 4), torch.randn(2, 3, 6, 7)], random_labels(2, 3)
+    scores = usage.seed_scores(maps, labels, (12, 16), align_corners)
+    for b, c in np.ndindex(2, 3):
+        total = sum(F.interpolate(m[b:b + 1, c:c + 1], (12, 16), mode="bilinear", align_corners=align_corners)[0, 0]
+                    for m in maps).clamp(min=0)
+        torch.testing.assert_close(scores[b, c], total / total.max() if labels[b, c] else torch.zeros(12, 16))
+    assert (usage.seed_scores([-torch.ones(1, 1, 2, 2)], torch.ones(1, 1), (4, 4)) == 0).all()     # nothing positive
+
+
+def test_label_map_equals_the_slow_loop():
+    scores = torch.rand(2, 3, 5, 5)
+    scores[0, :, 0, 0] = 0.5                                    # not above the threshold
+    labels = usage.label_map(scores, 0.5)
+    for b, i, j in np.ndindex(2, 5, 5):
+        pixel = scores[b, :, i, j].tolist()
+        assert labels[b, i, j] == (pixel.index(max(pixel)) + 1 if max(pixel) > 0.5 else 0)
+
+
+@pytest.mark.parametrize("backbone, side", [("resnet18", 65), ("deit_tiny", 64)])
+def test_seed_at_one_scale_is_the_plain_network(backbone, side):
+    network = usage.build_network(backbone, 3).eval()
+    image = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        plain = network(image)
+        one, = usage.multi_scale_activations(network, image, (side, side), [1.0], flip=False)
+        flipped = usage.multi_scale_activations(network, image, (side, side), [1.0], flip=True)
+        mirror = network(image.flip(-1)).flip(-1)
+    torch.testing.assert_close(one, plain)
+    torch.testing.assert_close(flipped[0], plain)
+    torch.testing.assert_close(flipped[1], mirror)
+
+
+# ---- The networks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", usage.BACKBONES)
+def test_every_backbone_maps_any_size_and_adjusts(backbone):
+    network = usage.build_network(backbone, 3)
+    images = torch.randn(2, 3, 50, 81)
+    assert network.eval()(images[:1]).shape == (1, 3, 4, 6)
+    names = [type(module).__name__ for module in network.modules()]
+    blocks = {"mobilenet_v2": 10, "resnet18": 8, "resnet50": 16, "resnet101": 33}.get(backbone, 24)
+    assert names.count("StochasticDepth") == blocks
+    usage.set_adjustment(network, 0.4)
+    rates = [module.p for module in network.modules() if type(module).__name__ == "StochasticDepth"]
+    assert rates == sorted(rates) and rates[0] > 0 and rates[-1] == pytest.approx(0.4) and network.dropout.p == 0.4
+    with pytest.raises(ValueError):
+        usage.set_adjustment(network, 1.5)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18", "resnet50", "deit_tiny"])
+def test_rate_zero_is_the_plain_network(backbone):
+    network = usage.build_network(backbone, 3)
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        for module in network.modules():                        # BatchNorm aside, training mode must not matter
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+        usage.freeze_batchnorm(network.train())
+        usage.set_adjustment(network, 0.5)
+        assert not torch.equal(network(images), network(images))
+        usage.set_adjustment(network, 0.0)
+        adjusted = network(images)
+        usage.set_adjustment(network, 0.5)
+        torch.testing.assert_close(network.eval()(images), adjusted, rtol=0, atol=0)
+
+
+def test_resnet_features_are_torchvisions():
+    network = usage.build_network("resnet50", 3).eval()
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True]).eval()
+    state = {name.replace("bn3.0.", "bn3."): tensor for name, tensor in network.trunk.state_dict().items()}
+    theirs.load_state_dict(state, strict=False)
+    body = nn.Sequential(*list(theirs.children())[:-2])
+    images = torch.randn(1, 3, 97, 65)
+    with torch.no_grad():
+        torch.testing.assert_close(network.features(images), body(images))
+
+
+def test_transformer_features_are_torchvisions_at_224():
+    network = usage.build_network("deit_tiny", 3).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        trunk = network.trunk
+        tokens = trunk.encoder(torch.cat([trunk.class_token, trunk._process_input(images)], 1))[:, 1:]
+        torch.testing.assert_close(network.features(images).flatten(2).transpose(1, 2), tokens)
+
+
+def published_deit(width=192, blocks=12):
+    """A random checkpoint with the names and shapes of deit_tiny_patch16_224."""
+    state = {"cls_token": (1, 1, width), "pos_embed": (1, 197, width), "patch_embed.proj.weight": (width, 3, 16, 16),
+             "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,),
+             "head.weight": (1000, width), "head.bias": (1000,)}
+    for k in range(blocks):
+        for name, shape in {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width),
+                            "attn.proj": (width, width), "mlp.fc1": (4 * width, width),
+                            "mlp.fc2": (width, 4 * width)}.items():
+            state[f"blocks.{k}.{name}.weight"], state[f"blocks.{k}.{name}.bias"] = shape, shape[:1]
+    return {name: torch.randn(shape) * 0.1 for name, shape in state.items()}
+
+
+def slow_deit(state, images, heads=3):
+    """DeiT's forward written from its published code's names: (B, 3, 224, 224) -> patch features (B, 196, D)."""
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=16)
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
+
+    def linear(y, name):
+        return F.linear(y, state[name + ".weight"], state[name + ".bias"])
+
+    def norm(y, name):
+        return F.layer_norm(y, y.shape[-1:], state[name + ".weight"], state[name + ".bias"], eps=1e-6)
+
+    for k in range(12):
+        block = f"blocks.{k}."
+        q, key, v = linear(norm(x, block + "norm1"), block + "attn.qkv").unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        attention = (q @ key.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        x = x + linear((attention @ v).transpose(1, 2).flatten(2), block + "attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, block + "norm2"), block + "mlp.fc1")), block + "mlp.fc2")
+    return norm(x, "norm")[:, 1:]
+
+
+def test_deit_checkpoint_in_the_published_naming(tmp_path):
+    state = published_deit()
+    torch.save({"model": state}, tmp_path / "deit.pth")
+    network = usage.build_network("deit_tiny", 5, str(tmp_path / "deit.pth")).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(network.features(images).flatten(2).transpose(1, 2), slow_deit(state, images),
+                                   rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18"])
+def test_torchvision_checkpoint(backbone, tmp_path):
+    theirs = torchvision.models.get_model(backbone)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    network = usage.build_network(backbone, 5, str(tmp_path / "weights.pth"))
+    first = next(parameter for name, parameter in theirs.named_parameters() if name.endswith("weight"))
+    torch.testing.assert_close(next(network.parameters()), first, rtol=0, atol=0)
+    with pytest.raises(usage.InputError, match="do not fit"):
+        usage.build_network("resnet50", 5, str(tmp_path / "weights.pth"))
+
+
+def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    for backbone in ("resnet18", "deit_tiny"):
+        with pytest.raises(usage.InputError, match="--weights FILE"):
+            usage.build_network(backbone, 5, "imagenet")
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    for path, reason in (("text.pth", "not readable as a checkpoint"), ("nowhere.pth", "no such file")):
+        with pytest.raises(usage.InputError, match=reason):
+            usage.build_network("resnet18", 5, str(tmp_path / path))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(usage.InputError, match="not a checkpoint"):
+        usage.build_network("resnet18", 5, str(tmp_path / "list.pth"))
+
+
+def test_pretrained_weights_go_where_the_published_file_says(monkeypatch):
+    """The download's contents, stood in for by made ones, end up in the network."""
+    state = published_deit()
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: {"model": state} if "deit_tiny" in url else None)
+    network = usage.build_network("deit_tiny", 5, "imagenet")
+    assert torch.equal(network.trunk.encoder.ln.weight, state["norm.weight"])
+    theirs = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, **_: theirs)
+    network = usage.build_network("resnet18", 5, "imagenet")
+    assert torch.equal(network.trunk.conv1.weight, theirs["conv1.weight"])
+
+
+# ---- The metrics -----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_equal_a_brute_force_count():
+    truth, predicted = torch.randint(0, 4, (20, 30)), torch.randint(0, 3, (20, 30))
+    truth[:3] = usage.VOID
+    rates = evaluation.metrics(evaluation.confusion_matrix(truth, predicted, 4))
+    for c in range(5):
+        tp = fp = fn = 0
+        for i, j in np.ndindex(20, 30):
+            t, p = truth[i, j].item(), predicted[i, j].item()
+            if t != usage.VOID:
+                tp, fp, fn = tp + (t == c == p), fp + (p == c != t), fn + (t == c != p)
+        if c == 4:                                              # in neither
+            assert rates["IoU"][c].isnan()
+        else:
+            assert [rates[key][c].item() for key in ("IoU", "FPR", "FNR")] == pytest.approx(
+                [count / (tp + fp + fn) for count in (tp, fp, fn)])
+            assert sum(rates[key][c] for key in rates) == pytest.approx(1)
+
+
+def test_sweep_equals_separate_evaluations():
+    items, expected = [], torch.zeros(101, 4, 4, dtype=torch.int64)
+    for classes in ([0, 2], [1], []):
+        truth = torch.randint(0, 4, (8, 9), dtype=torch.uint8)
+        truth[0] = usage.VOID
+        items.append((truth, torch.tensor(classes, dtype=torch.long),
+                      torch.randint(0, 256, (len(classes), 8, 9), dtype=torch.uint8)))
+    for truth, classes, levels in items:
+        scores = torch.zeros(1, 3, 8, 9)
+        scores[0, classes] = levels / 255
+        for k, threshold in enumerate(torch.arange(101) / 100):
+            predicted = usage.label_map(scores, threshold.item())[0]
+            expected[k] += evaluation.confusion_matrix(truth, predicted, 3)
+    assert torch.equal(evaluation.sweep(items, 3), expected)
+
+
+# ---- The data --------------------------------------------------------------------------------------------------------
+
+
+def digest(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """Twelve small toy scenes."""
+    return usage.draw_toy(tmp_path_factory.mktemp("data") / "mini", train=8, val=4, side=48)
+
+
+def test_toy_is_the_same_every_time(toy, tmp_path):
+    assert digest(usage.draw_toy(tmp_path / "again", train=8, val=4, side=48)) == digest(toy)
+    data = usage.VocFolder(toy)
+    for split in ("train", "val"):
+        for name, labels in zip(data.split(split), data.labels(data.split(split))):
+            mask = usage.read_mask(data.mask_path(name), (48, 48), 5)
+            assert {c + 1 for c in labels.nonzero()[:, 0].tolist()} == set(mask.unique().tolist()) - {0}
+
+
+def test_vocs_own_annotations_and_folders(toy, tmp_path):
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    shutil.copytree(toy, root)
+    (root / "labels.json").unlink()
+    (root / "classes.txt").unlink()
+    (root / "Annotations").mkdir()
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text("train_0000\ntrain_0001\n")
+    (root / "Annotations/train_0000.xml").write_text(
+        "<annotation><object><name>dog</name><part><name>head</name></part></object><object><name>person</name></object>"
+        "<object><name>dog</name></object></annotation>")
+    data = usage.VocFolder(tmp_path)                            # the folder that --download was given
+    assert data.has_split("train_aug") and len(data.classes) == 20
+    assert data.labels(["train_0000"])[0].nonzero()[:, 0].tolist() == [11, 14]
+    with pytest.raises(usage.InputError, match="train_0001.xml"):
+        data.labels(["train_0001"])
+
+
+def test_palette_is_vocs():
+    known = torchvision.datasets.VOCSegmentation and [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
+    assert [tuple(colour) for colour in usage.voc_palette()[:5].tolist()] == known
+    assert tuple(usage.voc_palette()[usage.VOID].tolist()) == (224, 224, 192)
+
+
+def test_images_of_every_mode(tmp_path):
+    grey = np.tile(np.arange(32, dtype=np.uint8) * 8, (16, 1))
+    pictures = {"grey.png": Image.fromarray(grey), "cmyk.jpg": Image.fromarray(grey).convert("CMYK"),
+                "palette.png": Image.fromarray(grey).convert("P"), "alpha.png": Image.fromarray(grey).convert("RGBA"),
+                "deep.png": Image.fromarray(grey.astype(np.uint16) * 257)}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        image = usage.read_image(tmp_path / name)
+        assert image.mode == "RGB" and image.size == (32, 16), name
+        assert np.abs(np.asarray(image)[..., 0].astype(int) - grey).max() <= 12, name
+    turned = Image.Exif()
+    turned[0x0112] = 6                                          # the camera was turned by 90 degrees
+    pictures["grey.png"].save(tmp_path / "turned.jpg", exif=turned)
+    assert usage.read_image(tmp_path / "turned.jpg").size == (16, 32)
+
+
+def test_no_partial_file_has_the_final_name(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("before")
+    with pytest.raises(RuntimeError):
+        with usage.written(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+    assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
+
+
+# ---- The four stages -------------------------------------------------------------------------------------------------
+
+SMALL = ["--weights", "none", "--size", "33", "--batch-size", "4", "--workers", "0"]
+
+
+def stage(script, *arguments, launcher=()):
+    """Run a stage as a process; its output."""
+    command = [sys.executable, *launcher, HERE / script, *arguments]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def finished(toy, tmp_path_factory):
+    """A run folder after all four stages, and what they printed."""
+    run = tmp_path_factory.mktemp("runs") / "mobilenet"
+    printed = [stage("train_cls.py", "--data", toy, "--run", run, "--backbone", "mobilenet_v2", "--epochs", 2, *SMALL),
+               stage("make_seeds.py", "--run", run, "--scales", 1, 2, "--workers", 1),
+               stage("train_seg.py", "--run", run, "--epochs", 1, "--batch-size", 4, "--workers", 0),
+               stage("eval.py", "--run", run, "--sweep")]
+    return run, printed
+
+
+def test_four_stages_of_a_cnn(finished, toy):
+    run, printed = finished
+    assert re.search(r"step 4 +L_GEN [\d.]+ +L_REG [\d.e-]+ .*images/s +0:00 left", printed[0])
+    assert "accuracy per label" in printed[0]
+    records = [json.loads(line) for line in (run / "classifier.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 4 and math.isfinite(records[-1]["L_GEN"])
+    data = usage.VocFolder(toy)
+    for folder, split in (("seeds", "train"), ("segmentation", "val")):
+        names = data.split(split)
+        assert sorted(path.stem for path in (run / folder).glob("*.png")) == sorted(names)
+        for name, labels in zip(names, data.labels(names)):
+            mask = usage.read_mask(run / folder / f"{name}.png", (48, 48), 5)
+            if folder == "seeds":                               # only classes that the image has
+                assert set(mask.unique().tolist()) <= {0} | {c + 1 for c in labels.nonzero()[:, 0].tolist()}
+    for picture in ("seeds.png", "segmentation.png"):
+        assert Image.open(run / picture).size[1] > 100
+    report = json.loads((run / "report.json").read_text())
+    assert [entry["what"] for entry in report] == ["seeds", "seeds, oracle", "segmentation"]
+    assert [entry["images"] for entry in report] == [8, 8, 4]
+    fixed, oracle, _ = report
+    assert fixed["mIoU"] == pytest.approx(oracle["mIoU at 0.00, 0.01 ... 1.00"][40])     # the PNGs are the scores at 0.40
+    assert oracle["mIoU"] == max(oracle["mIoU at 0.00, 0.01 ... 1.00"]) and "ORACLE" in oracle["threshold"]
+    assert "train, 8 images, threshold 0.4 (fixed beforehand)" in printed[3]
+    pairs = stage("eval.py", "--pred", run / "seeds", "--truth", toy / "SegmentationClass", "--classes", toy / "classes.txt")
+    assert f"{fixed['mIoU']:.3f}" in pairs
+
+
+def test_four_stages_of_a_transformer(toy, tmp_path):
+    stage("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "deit_tiny", "--epochs", 1, *SMALL)
+    stage("make_seeds.py", "--run", tmp_path, "--scales", 1, "--workers", 0)
+    stage("train_seg.py", "--run", tmp_path, "--epochs", 1, "--batch-size", 4, "--workers", 0)
+    stage("eval.py", "--run", tmp_path)
+    assert len(json.loads((tmp_path / "report.json").read_text())) == 2
+
+
+def test_training_opens_no_mask(toy, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(toy, data)
+    shutil.rmtree(data / "SegmentationClass")
+    stage("train_cls.py", "--data", data, "--run", tmp_path / "run", "--backbone", "mobilenet_v2", "--epochs", 1, *SMALL)
+    stage("make_seeds.py", "--run", tmp_path / "run", "--scales", 1, "--workers", 0)
+    stage("train_seg.py", "--run", tmp_path / "run", "--epochs", 1, "--batch-size", 4, "--workers", 0)
+
+
+def test_a_killed_training_ends_with_the_same_weights(toy, tmp_path):
+    command = [sys.executable, HERE / "train_cls.py", "--data", toy, "--backbone", "mobilenet_v2", "--epochs", 3, *SMALL]
+    states = []
+    for name, kill in (("whole", False), ("killed", True)):
+        run = tmp_path / name
+        arguments = [str(part) for part in [*command, "--run", run]]
+        if kill:
+            process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+            while not (run / "classifier.pt").is_file():
+                time.sleep(0.01)
+                assert process.poll() is None, "ended before its first checkpoint"
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert usage.load_checkpoint(run / "classifier.pt", "")["epoch"] < 3
+        subprocess.run(arguments, check=True, capture_output=True)
+        states.append(usage.load_checkpoint(run / "classifier.pt", ""))
+    for part in ("student", "teacher"):
+        assert all(torch.equal(states[0][part][key], states[1][part][key]) for key in states[0][part])
+    assert states[0]["running"] == states[1]["running"]
+
+
+def test_seeds_continue_where_they_stopped(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    first, *others = sorted((run / "seeds").glob("*.png"))
+    before, kept = first.read_bytes(), [path.stat().st_mtime_ns for path in others]
+    first.unlink()
+    out = stage("make_seeds.py", "--run", run, "--scales", 1, 2, "--workers", 0)
+    assert "7 of them are there" in out and first.read_bytes() == before
+    assert [path.stat().st_mtime_ns for path in others] == kept
+
+
+def test_two_processes(toy, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29531]
+    stage("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "mobilenet_v2", "--epochs", 1, *SMALL,
+          launcher=launcher)
+    stage("make_seeds.py", "--run", tmp_path, "--scales", 1, "--workers", 0, launcher=launcher)
+    stage("train_seg.py", "--run", tmp_path, "--epochs", 1, "--batch-size", 4, "--workers", 0, launcher=launcher)
+    assert len(list((tmp_path / "seeds").glob("*.png"))) == 8 and len(list((tmp_path / "segmentation").glob("*.png"))) == 4
+
+
+# ---- Bad input: one line, exit code 2, nothing written or lost -------------------------------------------------------
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def edited(path, change):
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+
+
+def in_colour(path, size=(48, 48), mode="RGB", value=0):
+    Image.new(mode, size, value).save(path)
+
+
+def first_image(data):
+    return data / "JPEGImages/train_0000.jpg"
+
+
+TRAIN = ["train_cls.py", "--data", "DATA", "--run", "NEW", "--backbone", "mobilenet_v2", "--epochs", "1", *SMALL]
+SEEDS = ["make_seeds.py", "--run", "RUN", "--data", "DATA", "--workers", "0"]
+SEGMENT = ["train_seg.py", "--run", "RUN", "--data", "DATA", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
+EVAL = ["eval.py", "--run", "RUN", "--data", "DATA"]
+BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoils the data or the run
+    "missing data folder": (TRAIN, "data: no such folder", lambda data, run: shutil.rmtree(data)),
+    "missing data folder, seeds": (SEEDS, "data: no such folder", lambda data, run: shutil.rmtree(data)),
+    "missing data folder, segmentation": (SEGMENT, "data: no such folder", lambda data, run: shutil.rmtree(data)),
+    "missing data folder, evaluation": (EVAL, "data: no such folder", lambda data, run: shutil.rmtree(data)),
+    "missing list": (TRAIN, "train.txt", lambda data, run: (data / "ImageSets/Segmentation/train.txt").unlink()),
+    "empty split": (TRAIN, "train.txt: the list is empty",
+                    lambda data, run: (data / "ImageSets/Segmentation/train.txt").write_text("\n")),
+    "path in a list": (TRAIN, "train.txt", lambda data, run:
+                       (data / "ImageSets/Segmentation/train.txt").write_text("../../secret\n")),
+    "missing image": (TRAIN, "train_0000.jpg", lambda data, run: first_image(data).unlink()),
+    "missing image, seeds": (SEEDS, "train_0000.jpg", lambda data, run: first_image(data).unlink()),
+    "unreadable image": (TRAIN, "train_0000.jpg", lambda data, run: truncated(first_image(data))),
+    "unreadable image in a worker": ([*TRAIN, "--workers", "1"], "train_0000.jpg",
+                                     lambda data, run: truncated(first_image(data))),
+    "unreadable image, seeds": (SEEDS, "train_0000.jpg", lambda data, run: (
+        truncated(first_image(data)), (run / "seeds/train_0000.png").unlink(), (run / "seeds.json").unlink())),
+    "unreadable image, segmentation": (SEGMENT, "train_0000.jpg", lambda data, run: (
+        truncated(first_image(data)), (run / "segmenter.pt").unlink())),
+    "unknown label": (TRAIN, "'unicorn'", lambda data, run: edited(
+        data / "labels.json", lambda table: table["train_0000"].append("unicorn"))),
+    "image without labels": (TRAIN, "train_0000", lambda data, run: edited(
+        data / "labels.json", lambda table: table.pop("train_0000"))),
+    "broken labels": (TRAIN, "labels.json", lambda data, run: (data / "labels.json").write_text("{")),
+    "mask of another size": (EVAL, "train_0000.png", lambda data, run: in_colour(
+        data / "SegmentationClass/train_0000.png", (20, 20), "L")),
+    "mask value beyond the classes": (EVAL, "value 6", lambda data, run: in_colour(
+        data / "SegmentationClass/train_0000.png", mode="L", value=6)),
+    "mask in colour": (EVAL, "RGB", lambda data, run: in_colour(data / "SegmentationClass/train_0000.png")),
+    "missing mask": (EVAL, "train_0000.png", lambda data, run: (data / "SegmentationClass/train_0000.png").unlink()),
+    "seed of another size": (SEGMENT, "train_0000.png", lambda data, run: (
+        in_colour(run / "seeds/train_0000.png", (20, 20), "L"), (run / "segmenter.pt").unlink())),
+    "seeds without classifier": (SEEDS, "run train_cls.py", lambda data, run: (run / "classifier.pt").unlink()),
+    "segmentation without classifier": (SEGMENT, "run train_cls.py", lambda data, run: (run / "classifier.pt").unlink()),
+    "segmentation without seeds": (SEGMENT, "run make_seeds.py", lambda data, run: shutil.rmtree(run / "seeds")),
+    "evaluation of nothing": (["eval.py", "--run", "NEW"], "run make_seeds.py", None),
+    "evaluation without scores": ([*EVAL, "--sweep"], "scores/train_0000.npz", lambda data, run:
+                                  (run / "scores/train_0000.npz").unlink()),
+    "no checkpoint": (SEEDS, "classifier.pt", lambda data, run: (run / "classifier.pt").write_text("text")),
+    "checkpoint of something else": (SEGMENT, "classifier.pt", lambda data, run: torch.save(
+        {"weights": torch.zeros(3)}, run / "classifier.pt")),
+    "checkpoint of other classes": (SEEDS, "its 2 classes are not the 5", lambda data, run:
+                                    (data / "classes.txt").write_text("cat\ndog\n")),
+    "checkpoint of another backbone": ([*TRAIN[:3], "--run", "RUN", *TRAIN[5:6], "resnet18", *TRAIN[7:]], "another backbone",
+                                       None),
+    "weights of another backbone": ([*TRAIN, "--weights", "RUN/classifier.pt"], "do not fit mobilenet_v2", None),
+    "no weights file": ([*TRAIN, "--weights", "nowhere.pth"], "nowhere.pth", None),
+    "too many workers": ([*TRAIN, "--workers", "1000"], "--workers 1000", None),
+    "no such device": ([*TRAIN, "--device", "cuda:7"], "--device cuda:7", None),
+    "no such device, seeds": ([*SEEDS, "--device", "tpu"], "--device tpu", None),
+    "batch larger than the data": ([*TRAIN, "--batch-size", "50"], "8 images", None),
+    "negative temperature": ([*TRAIN, "--temperature", "-1"], "--temperature", None),
+    "other settings": ([*SEEDS, "--threshold", "0.3"], "another threshold", None),
+    "seeds in the folder of the truth": (SEEDS, "true masks", lambda data, run: (
+        shutil.rmtree(run / "seeds"), (run / "seeds").symlink_to(data / "SegmentationClass"))),
+    "learning from the truth": ([*SEGMENT, "--seeds", "DATA/SegmentationClass"], "true masks", None),
+    "comparing the truth with itself": (
+        ["eval.py", "--pred", "DATA/SegmentationClass", "--truth", "DATA/SegmentationClass"], "one folder", None),
+    "nothing to compare": (["eval.py", "--pred", "DATA/JPEGImages", "--truth", "DATA/SegmentationClass"], "no .png", None),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, toy, finished, tmp_path, monkeypatch, capsys):
+    command, expected, spoil = BAD_INPUT[case]
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(toy, data)
+    shutil.copytree(finished[0], run)
+    for path in (run / "seeds.json", run / "segmentation.json"):        # the copy's own folders
+        path.write_text(path.read_text().replace(str(toy), str(data)))
+    if spoil:
+        spoil(data, run)
+    before = digest(tmp_path)
+    command = [part.replace("DATA", str(data)).replace("RUN", str(run)).replace("NEW", str(tmp_path / "new"))
+               for part in command]
+    monkeypatch.setattr(sys, "argv", [str(HERE / command[0]), *command[1:]])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(HERE / command[0]), run_name="__main__")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and expected in lines[0], lines
+    after = digest(tmp_path)
+    lost = [path for path in before if after.get(path) != before[path]]
+    assert not lost, f"lost or changed: {lost}"
+    new = [path for path in set(after) - set(before) if path.suffix != ".jsonl" and path.name != "seeds.json"]
+    assert not new, f"written: {new}"
+
+
+def test_a_folder_that_cannot_be_written_to(toy, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    command = [part.replace("DATA", str(toy)).replace("NEW", str(tmp_path / "file/run")) for part in TRAIN]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(HERE / "train_cls.py"), run_name="__main__")
+    assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
