@@ -164,7 +164,7 @@ def main():
         if args.classes and not args.classes.is_file():
             raise usage.InputError(f"{args.classes}: no such file; write the class names into it, one a line")
         entries = score_folders(args.pred, args.truth,
-                                args.classes.read_text().split() if args.classes else usage.VOC_CLASSES)
+                                args.classes.read_text().splitlines() if args.classes else usage.VOC_CLASSES)
     else:
         args.run = args.run or Path("runs/toy-resnet50")
         entries = score_run(args.run, args.data, args.sweep)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 import usage
 
@@ -43,24 +42,10 @@ def write_settings(path, settings):
         before = usage.read_json(path)
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
-            raise usage.InputError(f"{path}: there are seeds made with another {changed[0]}; remove that file, seeds/ and "
-                                   "scores/ beside it to make them anew")
+            raise usage.InputError(f"{path}: there are seeds made with another {', '.join(changed)}; remove that file, "
+                                   "seeds/ and scores/ beside it to make them anew")
     with usage.written(path) as temporary:
         temporary.write_text(json.dumps(settings))
-
-
-def contact_sheet(run, data, ids):
-    """Photograph | heat map of the strongest class | seed | truth, where there is one, of ten images."""
-    rows = []
-    for name in ids[::max(1, len(ids) // 10)][:10]:
-        photo = v2.functional.pil_to_tensor(usage.read_image(data.images[name]))
-        levels = torch.from_numpy(np.load(run / f"scores/{name}.npz")["levels"]).float()
-        heat = levels.amax(0) / 255 if len(levels) else torch.zeros(photo.shape[1:])
-        rows.append([photo, usage.heat_map(photo, heat)])
-        for path in (run / f"seeds/{name}.png", data.mask_path(name)):
-            mask = usage.read_mask(path, photo.shape[1:], len(data.classes)) if path.is_file() else None
-            rows[-1].append(None if mask is None else usage.overlay(photo, mask))
-    usage.save_contact_sheet(run / "seeds.png", rows)
 
 
 @torch.no_grad()
@@ -72,7 +57,7 @@ def main():
     add("--threshold", type=float, default=THRESHOLD, help=f"a pixel above it is foreground (default {THRESHOLD})")
     add("--scales", type=float, nargs="+", default=SCALES, help="default 0.5 1 1.5 2")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
-    add("--workers", type=int, default=2, help="processes that load images (default 2)")
+    add("--workers", type=int, default=min(8, usage.CORES), help="processes that load images (default: cores, up to 8)")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     if not 0 <= args.threshold <= 1 or not all(0 < scale <= 8 for scale in args.scales):
@@ -119,7 +104,7 @@ def main():
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        contact_sheet(args.run, data, ids)
+        usage.save_contact_sheet(args.run / "seeds.png", data, ids, args.run / "seeds", args.run / "scores")
         print(f"\n{args.run / 'seeds.png'} shows some\nnext: python train_seg.py --run {args.run}, or python eval.py "
               f"--run {args.run}")
 

@@ -690,8 +690,8 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
         {"weights": torch.zeros(3)}, run / "classifier.pt")),
     "checkpoint of other classes": (SEEDS, "its 2 classes are not the 5", lambda data, run:
                                     (data / "classes.txt").write_text("cat\ndog\n")),
-    "checkpoint of another backbone": ([*TRAIN[:3], "--run", "RUN", *TRAIN[5:6], "resnet18", *TRAIN[7:]], "another backbone",
-                                       None),
+    "checkpoint of another backbone": ([*TRAIN[:3], "--run", "RUN", *TRAIN[5:6], "resnet18", *TRAIN[7:]],
+                                       "data, backbone", None),
     "weights of another backbone": ([*TRAIN, "--weights", "RUN/classifier.pt"], "do not fit mobilenet_v2", None),
     "no weights file": ([*TRAIN, "--weights", "nowhere.pth"], "nowhere.pth", None),
     "too many workers": ([*TRAIN, "--workers", "1000"], "--workers 1000", None),

@@ -25,11 +25,10 @@ import usage
 
 # The defaults, per kind of network and of data. All numbers OURS; the authors' own segmentation is DeepLab or larger.
 RECIPES = {
-    # kind, data               epochs  batch_size  lr
-    ("cnn", "toy"):            (6,     16,         3e-4),
-    ("transformer", "toy"):    (6,     16,         3e-4),
-    ("cnn", "photos"):         (8,     16,         1e-4),
-    ("transformer", "photos"): (8,     16,         1e-4),
+    ("cnn", "toy"): dict(epochs=4, batch_size=16, lr=3e-4),
+    ("transformer", "toy"): dict(epochs=4, batch_size=16, lr=3e-4),
+    ("cnn", "photos"): dict(epochs=8, batch_size=16, lr=1e-4),
+    ("transformer", "photos"): dict(epochs=8, batch_size=16, lr=1e-4),
 }
 SCALES = (0.75, 1.0, 1.25)          # at test time, each with its mirror image
 
@@ -85,18 +84,6 @@ def predict(segmenter, data, ids, size, folder, device, log):
             print("\r" + log.line(done, predicted=done), end="  ", flush=True)
 
 
-def contact_sheet(run, data, ids):
-    """Photograph | prediction | truth, where there is one, of ten images."""
-    rows = []
-    for name in ids[::max(1, len(ids) // 10)][:10]:
-        photo = v2.functional.pil_to_tensor(usage.read_image(data.images[name]))
-        rows.append([photo])
-        for path in (run / f"segmentation/{name}.png", data.mask_path(name)):
-            mask = usage.read_mask(path, photo.shape[1:], len(data.classes)) if path.is_file() else None
-            rows[-1].append(None if mask is None else usage.overlay(photo, mask))
-    usage.save_contact_sheet(run / "segmentation.png", rows)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      epilog="Flags without a default here take it from the table RECIPES in this file.")
@@ -108,7 +95,7 @@ def main():
     add("--batch-size", type=int, help="over all processes; halve it when memory runs out")
     add("--lr", type=float, help="start of the polynomial schedule for the trunk; the new head gets 10 times that")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=2, help="processes that load images (default 2)")
+    add("--workers", type=int, default=min(8, usage.CORES), help="processes that load images (default: cores, up to 8)")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     device, rank, world = usage.start_processes(args.device, args.workers)
@@ -117,7 +104,7 @@ def main():
     network, trained = usage.load_classifier(args.run)
     kind = "cnn" if trained["backbone"] in usage.CNNS else "transformer"
     photos = bool(trained["photos"])
-    for flag, value in zip(("epochs", "batch_size", "lr"), RECIPES[kind, "photos" if photos else "toy"]):
+    for flag, value in RECIPES[kind, "photos" if photos else "toy"].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.epochs < 1 or args.lr <= 0 or args.batch_size % world or args.batch_size < 2 * world:
@@ -216,7 +203,7 @@ def main():
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        contact_sheet(args.run, data, ids)
+        usage.save_contact_sheet(args.run / "segmentation.png", data, ids, args.run / "segmentation")
         print(f"\n{args.run / 'segmentation.png'} shows some\nnext: python eval.py --run {args.run}")
 
 

@@ -452,6 +452,8 @@ def one_line_errors(how_to_go_on):
         message, code = str(error).strip().splitlines()[-1].removeprefix("usage.InputError: "), 2
     except OSError as error:
         message, code = f"{error}: make room or give access there, then {how_to_go_on}", 2
+    except torch.OutOfMemoryError:
+        message, code = "the device's memory is full: pass a smaller --batch-size or --size", 2
     except KeyboardInterrupt:
         message, code = f"interrupted; {how_to_go_on}", 130
     else:
@@ -638,10 +640,10 @@ def draw_scene(rng, side):
                 critters.append((kind, length, place, rng.uniform(-0.5, 0.5), rng.choice([-1, 1])))
                 break
     for kind, length, place, tilt, _ in critters:
-        if rng.random() < 0.8:                                  # the glow: no part of the critter
+        if rng.random() < 0.7:                                  # the glow: no part of the critter
             tint = np.array(colorsys.hsv_to_rgb(list(TOY_CLASSES.values())[kind][1], 0.75, 0.95))
             u, v = rotate(x - place[0], y - place[1], -tilt)
-            glow = 0.45 * np.clip(2.3 - np.hypot(u / length, v / (0.75 * length)), 0, 1)[..., None]
+            glow = 0.25 * np.clip(2.3 - np.hypot(u / length, v / (0.75 * length)), 0, 1)[..., None]
             scene = scene * (1 - glow) + tint * glow
 
     fine = 3                                                    # drawn three times as large, for smooth edges
@@ -661,8 +663,9 @@ def draw_critter(pens, rng, kind, place, length, tilt, facing, side):
     """Tail, legs, body, ear, patterned head: into photograph and mask."""
     hue = list(TOY_CLASSES.values())[kind][0] if rng.random() < 0.6 else rng.random()   # the body hints, no more
     value = rng.uniform(0.55, 0.85)
-    body, shade, belly, face, ink = (colorsys.hsv_to_rgb(hue % 1, s, v) for s, v in (
-        (0.55, value), (0.6, 0.75 * value), (0.4, min(1, 1.15 * value)), (0.12, 0.97), (0.6, 0.2)))
+    body, shade, belly, face = (colorsys.hsv_to_rgb(hue, s, v) for s, v in (
+        (0.55, value), (0.6, 0.75 * value), (0.4, min(1, 1.15 * value)), (0.1, 0.97)))
+    ink = colorsys.hsv_to_rgb(list(TOY_CLASSES.values())[kind][0], 0.9, 0.5)            # the head gives the class away
 
     def part(points, colour):                                   # points in body lengths, the critter facing right
         u, v = rotate(points[:, 0], points[:, 1], tilt)
@@ -695,8 +698,9 @@ def draw_critter(pens, rng, kind, place, length, tilt, facing, side):
         reach = np.where(np.arange(10) % 2, 0.13, 0.33)
         part(head + np.stack([reach * np.cos(angles), reach * np.sin(angles)], -1), ink)
     else:
-        for u, v in ((0, 0), (-0.24, 0), (0, -0.24), (-0.12, 0.12)):    # two corners, one square across
-            part(head + np.array([[u, v], [u + 0.24, v], [u + 0.24, v + 0.24], [u, v + 0.24]]), ink)
+        for square in range(0, 9, 2):                           # every other one of 3 x 3
+            u, v = 0.18 * (square % 3) - 0.27, 0.18 * (square // 3) - 0.27
+            part(head + np.array([[u, v], [u + 0.18, v], [u + 0.18, v + 0.18], [u, v + 0.18]]), ink)
 
 
 def rotate(x, y, angle):
@@ -742,7 +746,7 @@ def voc_palette():
 
 def save_mask(path, mask):
     """Write (H, W) integer labels as a PNG with VOC's palette."""
-    image = Image.fromarray(np.asarray(mask, dtype=np.uint8), mode="P")
+    image = Image.fromarray(np.asarray(mask, dtype=np.uint8))
     image.putpalette(voc_palette().tobytes())
     with written(path) as temporary:
         image.save(temporary)
@@ -763,11 +767,23 @@ def heat_map(photo, scores):
     return (255 * (0.65 * heat + 0.35 * photo.float().mean(0) / 255)).byte()
 
 
-def save_contact_sheet(path, rows, side=160):
-    """Write rows of pictures, each (3, H, W) uint8 or None for a gap, as one PNG of square tiles."""
-    gap = torch.full((3, side, side), 255, dtype=torch.uint8)
-    tiles = [gap if tile is None else v2.functional.resize(tile, [side, side], antialias=True) for row in rows for tile in row]
-    sheet = torchvision.utils.make_grid(tiles, nrow=len(rows[0]), padding=4, pad_value=255)
+def save_contact_sheet(path, data, ids, folder, scores=None, side=160):
+    """Write one PNG of ten images: photograph | heat map | label map of `folder` | truth, where there is one.
+
+    scores: the folder of make_seeds.py's scores, for the heat map of the strongest class; None leaves that column out.
+    """
+    tiles = []
+    for name in ids[::max(1, len(ids) // 10)][:10]:
+        photo = v2.functional.pil_to_tensor(read_image(data.images[name]))          # (3, H, W) uint8
+        row = [photo]
+        if scores:
+            levels = torch.from_numpy(np.load(Path(scores, f"{name}.npz"))["levels"])
+            row.append(heat_map(photo, levels.amax(0) / 255 if len(levels) else torch.zeros(photo.shape[1:])))
+        for mask in (Path(folder, f"{name}.png"), data.mask_path(name)):
+            row.append(overlay(photo, read_mask(mask, photo.shape[1:], len(data.classes))) if mask.is_file()
+                       else torch.full_like(photo, 255))
+        tiles += [v2.functional.resize(tile, [side, side], antialias=True) for tile in row]
+    sheet = torchvision.utils.make_grid(tiles, nrow=len(row), padding=4, pad_value=255)
     with written(path) as temporary:
         v2.functional.to_pil_image(sheet).save(temporary)
 
@@ -802,7 +818,7 @@ def resume(path, settings, parts):
     state = load_checkpoint(path, "remove it to start again")
     changed = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
     if changed:
-        raise InputError(f"{path}: made with another {changed[0]}; pass another --run, or remove it to start again")
+        raise InputError(f"{path}: made with another {', '.join(changed)}; pass another --run, or remove it to start again")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state
@@ -860,15 +876,17 @@ class Log:
 # ---- Processes -------------------------------------------------------------------------------------------------------
 
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def start_processes(device, workers):
     """The device to compute on, after joining torchrun's other processes where there are any (nccl or gloo).
 
     device: "auto" takes CUDA where there is one. Returns (torch.device, rank, number of processes). InputError for a
     device that does not exist and for more loader workers than cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if not 0 <= workers <= cores:
-        raise InputError(f"--workers {workers}: this machine has {cores} cores; pass 0 to {cores}")
+    if not 0 <= workers <= CORES:
+        raise InputError(f"--workers {workers}: this machine has {CORES} cores; pass 0 to {CORES}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     world = int(os.environ.get("WORLD_SIZE", 1))
