@@ -78,14 +78,15 @@ def show(entry):
           f"foreground {entry['area']:.2f} x the true area")
 
 
-def compare(ids, predicted_path, truth_path, num_classes):
-    """The confusion matrix of the label maps at predicted_path(id) against truth_path(id)."""
+def compare(ids, predicted_folder, truth_folder, num_classes):
+    """The confusion matrix of the label maps <id>.png of one folder against those of another."""
     confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     for name in ids:
-        truth = usage.read_mask(truth_path(name), None, num_classes)
-        predicted = usage.read_mask(predicted_path(name), truth.shape, num_classes)
+        truth = usage.read_mask(truth_folder / f"{name}.png", None, num_classes)
+        path = predicted_folder / f"{name}.png"
+        predicted = usage.read_mask(path, truth.shape, num_classes)
         if (predicted == usage.VOID).any():
-            raise usage.InputError(f"{predicted_path(name)}: a prediction has no void (255); give every pixel a class")
+            raise usage.InputError(f"{path}: a prediction has no void (255); give every pixel a class")
         confusion += confusion_matrix(truth, predicted, num_classes)
     return confusion
 
@@ -106,7 +107,7 @@ def score_run(run, data_root, with_sweep):
         if missing:
             raise usage.InputError(f"{folder / missing[0]}.png: not there; run the stage that writes {folder} to its end")
         facts = {"what": what, "data": str(data.root), "split": split, "images": len(ids)}
-        confusion = compare(ids, lambda name: folder / f"{name}.png", data.mask_path, num_classes)
+        confusion = compare(ids, folder, data.masks, num_classes)
         threshold = f"{settings['threshold']} (fixed beforehand)" if what == "seeds" else "none (argmax)"
         entries.append(summary(confusion, data.classes, **facts, threshold=threshold))
         if what == "seeds" and with_sweep:
@@ -129,7 +130,7 @@ def load_scores(run, data, name):
     except Exception as error:
         raise usage.InputError(f"{path}: not readable as scores ({error}); remove it and seeds/{name}.png, and run "
                                "make_seeds.py again") from error
-    return usage.read_mask(data.mask_path(name), levels.shape[1:], len(data.classes)), classes, levels
+    return usage.read_mask(data.masks / f"{name}.png", levels.shape[1:], len(data.classes)), classes, levels
 
 
 def score_folders(predicted, truth, classes):
@@ -142,7 +143,7 @@ def score_folders(predicted, truth, classes):
     ids = sorted(path.stem for path in predicted.glob("*.png"))
     if not ids:
         raise usage.InputError(f"{predicted}: no .png in it; nothing to score")
-    confusion = compare(ids, lambda name: predicted / f"{name}.png", lambda name: truth / f"{name}.png", len(classes))
+    confusion = compare(ids, predicted, truth, len(classes))
     split = f"every png of {predicted} ({len(list(truth.glob('*.png')))} in the truth)"
     return [summary(confusion, classes, what="label maps", data=str(truth), split=split, images=len(ids),
                     threshold="none (label maps)")]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import usage
 
-SCALES = (0.5, 1.0, 1.5, 2.0)       # IRN's; 1 is the photograph with its longer side at the size of training
+SCALES = (0.75, 1.0, 1.25)          # OURS: close to 1, the longer side at the size of training; IRN has 0.5 to 2
 THRESHOLD = 0.4                     # OURS: chosen on half of 1000 VOC photographs, see README
 
 
@@ -55,7 +55,7 @@ def main():
     add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stage 1 (default runs/toy-resnet50)")
     add("--data", help="where the data lies now, if it has moved since stage 1")
     add("--threshold", type=float, default=THRESHOLD, help=f"a pixel above it is foreground (default {THRESHOLD})")
-    add("--scales", type=float, nargs="+", default=SCALES, help="default 0.5 1 1.5 2")
+    add("--scales", type=float, nargs="+", default=SCALES, help=f"default {SCALES}")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
     add("--workers", type=int, default=min(8, usage.CORES), help="processes that load images (default: cores, up to 8)")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
@@ -72,7 +72,7 @@ def main():
     usage.refuse_truth(args.run / "seeds", data)
     ids = data.split(trained["split"])
     settings = {"threshold": args.threshold, "scales": list(args.scales), "flip": args.flip, "split": trained["split"],
-                "data": str(data.root.resolve()), "classes": data.classes}
+                "data": str(data.root.resolve()), "classes": data.classes, "classifier": trained}
     if rank == 0:
         write_settings(args.run / "seeds.json", settings)
         print(f"{data.root}: seeds of {len(ids)} images of {trained['split']}, threshold {args.threshold} (fixed), into "

@@ -6,7 +6,6 @@
 import inspect
 import json
 import math
-import os
 import re
 import runpy
 import shutil
@@ -460,7 +459,7 @@ def test_toy_is_the_same_every_time(toy, tmp_path):
     data = usage.VocFolder(toy)
     for split in ("train", "val"):
         for name, labels in zip(data.split(split), data.labels(data.split(split))):
-            mask = usage.read_mask(data.mask_path(name), (48, 48), 5)
+            mask = usage.read_mask(data.masks / f"{name}.png", (48, 48), 5)
             assert {c + 1 for c in labels.nonzero()[:, 0].tolist()} == set(mask.unique().tolist()) - {0}
 
 

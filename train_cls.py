@@ -178,9 +178,8 @@ def main():
         torch.manual_seed(hash((args.seed, epoch, rank)))                       # an epoch done again is the same epoch
         sampler.set_epoch(epoch)
         student.train(), teacher.train()
-        usage.freeze_batchnorm(teacher)
         if frozen:
-            usage.freeze_batchnorm(student)
+            usage.freeze_batchnorm(student), usage.freeze_batchnorm(teacher)
         for step, (images, labels) in enumerate(loader, start=epoch * len(loader) + 1):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)                       # (B, C)
@@ -226,7 +225,7 @@ def main():
     if rank == 0 and data.has_split("val"):
         size = usage.fitting_size((args.size, args.size), student.align_corners)
         val_set = LabelledImages(data, "val", v2.Compose([v2.Resize(size, antialias=True), usage.TO_TENSOR]))
-        precision, accuracy = classify(teacher.module, DataLoader(val_set, args.batch_size, num_workers=args.workers),
+        precision, accuracy = classify(student, DataLoader(val_set, args.batch_size, num_workers=args.workers),
                                        args.temperature, device)
         print(f"\nval, {len(val_set)} images: mAP {precision:.3f}, accuracy per label {accuracy:.3f}, trained in "
               f"{seconds / 60:.1f} min\nnext: python make_seeds.py --run {args.run}")

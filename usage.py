@@ -491,6 +491,7 @@ class VocFolder:
         names = self.root / "classes.txt"
         self.classes = names.read_text().split("\n") if names.is_file() else VOC_CLASSES
         self.classes = [name.strip() for name in self.classes if name.strip()]
+        self.masks = self.root / "SegmentationClass"
         images = self.root / "JPEGImages"
         if not images.is_dir():
             raise InputError(f"{images}: no such folder; put the photographs there, as <id>.jpg or <id>.png")
@@ -529,10 +530,6 @@ class VocFolder:
                                      f"{self.root / 'classes.txt'}")
                 row[index[label]] = 1
         return labels
-
-    def mask_path(self, name):
-        return self.root / f"SegmentationClass/{name}.png"
-
 
 def read_json(path):
     """The contents of a .json file; InputError where it is not one."""
@@ -634,7 +631,7 @@ def draw_scene(rng, side):
     critters = []
     for kind in rng.permutation(len(TOY_CLASSES))[:rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])]:
         for _ in range(20):                                     # tries to find a free place
-            length = rng.uniform(0.14, 0.23)
+            length = rng.uniform(0.15, 0.23)
             place = rng.uniform(1.4 * length, 1 - 1.4 * length, 2)
             if all(np.hypot(*(place - other[2])) > 1.25 * (length + other[1]) for other in critters):
                 critters.append((kind, length, place, rng.uniform(-0.5, 0.5), rng.choice([-1, 1])))
@@ -661,11 +658,11 @@ def draw_scene(rng, side):
 
 def draw_critter(pens, rng, kind, place, length, tilt, facing, side):
     """Tail, legs, body, ear, patterned head: into photograph and mask."""
-    hue = list(TOY_CLASSES.values())[kind][0] if rng.random() < 0.6 else rng.random()   # the body hints, no more
+    hue = list(TOY_CLASSES.values())[kind][0] if rng.random() < 0.8 else rng.random()   # the body hints, no more
     value = rng.uniform(0.55, 0.85)
-    body, shade, belly, face = (colorsys.hsv_to_rgb(hue, s, v) for s, v in (
-        (0.55, value), (0.6, 0.75 * value), (0.4, min(1, 1.15 * value)), (0.1, 0.97)))
-    ink = colorsys.hsv_to_rgb(list(TOY_CLASSES.values())[kind][0], 0.9, 0.5)            # the head gives the class away
+    body, shade, belly = (colorsys.hsv_to_rgb(hue, s, v) for s, v in (
+        (0.45, value), (0.5, 0.75 * value), (0.3, min(1, 1.15 * value))))
+    face, ink = (colorsys.hsv_to_rgb(list(TOY_CLASSES.values())[kind][0], s, v) for s, v in ((0.35, 1.0), (0.95, 0.35)))
 
     def part(points, colour):                                   # points in body lengths, the critter facing right
         u, v = rotate(points[:, 0], points[:, 1], tilt)
@@ -680,27 +677,27 @@ def draw_critter(pens, rng, kind, place, length, tilt, facing, side):
     part(ellipse(1.0, 0.6), body)
     part(at(-0.05, 0.22, ellipse(0.7, 0.3)), belly)
     part(at(0.75, -0.75, ellipse(0.1, 0.25, 0.5)), shade)
-    head, radius = np.array([0.95, -0.35]), 0.42
+    head, radius = np.array([0.9, -0.4]), 0.5
     part(head + ellipse(radius, radius), shade)
     part(head + ellipse(0.9 * radius, 0.9 * radius), face)
     pattern = list(TOY_CLASSES)[kind]
     if pattern == "striped":
-        for u in (-0.2, 0.0, 0.2):
-            part(head + np.array([[u - 0.045, -0.27], [u + 0.045, -0.27], [u + 0.045, 0.27], [u - 0.045, 0.27]]), ink)
+        for u in (-0.24, 0.0, 0.24):
+            part(head + np.array([[u - 0.06, -0.3], [u + 0.06, -0.3], [u + 0.06, 0.3], [u - 0.06, 0.3]]), ink)
     elif pattern == "spotted":
         for angle in np.arange(5) * 2 * np.pi / 5:
-            part(head + 0.22 * np.array([np.cos(angle), np.sin(angle)]) + ellipse(0.075, 0.075), ink)
+            part(head + 0.26 * np.array([np.cos(angle), np.sin(angle)]) + ellipse(0.1, 0.1), ink)
     elif pattern == "ringed":
-        for r, colour in ((0.3, ink), (0.21, face), (0.12, ink)):
+        for r, colour in ((0.36, ink), (0.25, face), (0.14, ink)):
             part(head + ellipse(r, r), colour)
     elif pattern == "starred":
         angles = np.arange(10) * np.pi / 5 - np.pi / 2
-        reach = np.where(np.arange(10) % 2, 0.13, 0.33)
+        reach = np.where(np.arange(10) % 2, 0.16, 0.4)
         part(head + np.stack([reach * np.cos(angles), reach * np.sin(angles)], -1), ink)
     else:
         for square in range(0, 9, 2):                           # every other one of 3 x 3
-            u, v = 0.18 * (square % 3) - 0.27, 0.18 * (square // 3) - 0.27
-            part(head + np.array([[u, v], [u + 0.18, v], [u + 0.18, v + 0.18], [u, v + 0.18]]), ink)
+            u, v = 0.21 * (square % 3) - 0.315, 0.21 * (square // 3) - 0.315
+            part(head + np.array([[u, v], [u + 0.21, v], [u + 0.21, v + 0.21], [u, v + 0.21]]), ink)
 
 
 def rotate(x, y, angle):
@@ -779,11 +776,11 @@ def save_contact_sheet(path, data, ids, folder, scores=None, side=160):
         if scores:
             levels = torch.from_numpy(np.load(Path(scores, f"{name}.npz"))["levels"])
             row.append(heat_map(photo, levels.amax(0) / 255 if len(levels) else torch.zeros(photo.shape[1:])))
-        for mask in (Path(folder, f"{name}.png"), data.mask_path(name)):
+        for mask in (Path(folder, f"{name}.png"), data.masks / f"{name}.png"):
             row.append(overlay(photo, read_mask(mask, photo.shape[1:], len(data.classes))) if mask.is_file()
                        else torch.full_like(photo, 255))
         tiles += [v2.functional.resize(tile, [side, side], antialias=True) for tile in row]
-    sheet = torchvision.utils.make_grid(tiles, nrow=len(row), padding=4, pad_value=255)
+    sheet = torchvision.utils.make_grid(tiles, nrow=2 * len(row), padding=4, pad_value=255)     # two images a line
     with written(path) as temporary:
         v2.functional.to_pil_image(sheet).save(temporary)
 
@@ -825,15 +822,13 @@ def resume(path, settings, parts):
 
 
 def load_classifier(run):
-    """The averaged network (the teacher) of a finished stage 1 and the settings it was trained with."""
+    """The student of a finished stage 1 and the settings it was trained with."""
     path = Path(run) / "classifier.pt"
     state = load_checkpoint(path, f"run train_cls.py --run {run} first")
     try:
         settings, epoch = state["settings"], state["epoch"]
         network = build_network(settings["backbone"], len(settings["classes"]))
-        averaged = {name.removeprefix("module."): tensor for name, tensor in state["teacher"].items()}
-        averaged.pop("n_averaged")
-        network.load_state_dict(averaged)
+        network.load_state_dict(state["student"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: not a classifier of train_cls.py ({str(error).strip().splitlines()[0][:100]}); run "
                          f"train_cls.py with another --run") from error
@@ -851,7 +846,7 @@ def check_classes(data, classes, run):
 
 def refuse_truth(folder, data):
     """InputError if a folder of seeds is the folder of the true masks."""
-    if Path(folder).resolve() == (data.root / "SegmentationClass").resolve():
+    if Path(folder).resolve() == data.masks.resolve():
         raise InputError(f"{folder}: is the folder of the true masks; seeds belong elsewhere, pass another folder")
 
 
