@@ -347,7 +347,8 @@ def slow_deit(state, images, heads=3):
 
     for k in range(12):
         block = f"blocks.{k}."
-        q, key, v = linear(norm(x, block + "norm1"), block + "attn.qkv").unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = linear(norm(x, block + "norm1"), block + "attn.qkv").unflatten(-1, (3, heads, -1))
+        q, key, v = qkv.permute(2, 0, 3, 1, 4)                  # each (B, heads, 1 + N, D / heads)
         attention = (q @ key.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
         x = x + linear((attention @ v).transpose(1, 2).flatten(2), block + "attn.proj")
         x = x + linear(F.gelu(linear(norm(x, block + "norm2"), block + "mlp.fc1")), block + "mlp.fc2")
@@ -395,7 +396,8 @@ def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
 def test_pretrained_weights_go_where_the_published_file_says(monkeypatch):
     """The download's contents, stood in for by made ones, end up in the network."""
     state = published_deit()
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: {"model": state} if "deit_tiny" in url else None)
+    downloads = {usage.DEITS["deit_tiny"][2]: {"model": state}}
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: downloads[url])
     network = usage.build_network("deit_tiny", 5, "imagenet")
     assert torch.equal(network.trunk.encoder.ln.weight, state["norm.weight"])
     theirs = torchvision.models.resnet18().state_dict()
@@ -559,7 +561,8 @@ def test_four_stages_of_a_cnn(finished, toy):
     assert fixed["mIoU"] == pytest.approx(oracle["mIoU at 0.00, 0.01 ... 1.00"][40])     # the PNGs are the scores at 0.40
     assert oracle["mIoU"] == max(oracle["mIoU at 0.00, 0.01 ... 1.00"]) and "ORACLE" in oracle["threshold"]
     assert "train, 8 images, threshold 0.4 (fixed beforehand)" in printed[3]
-    pairs = stage("eval.py", "--pred", run / "seeds", "--truth", toy / "SegmentationClass", "--classes", toy / "classes.txt")
+    pairs = stage("eval.py", "--pred", run / "seeds", "--truth", toy / "SegmentationClass",
+                  "--classes", toy / "classes.txt")
     assert f"{fixed['mIoU']:.3f}" in pairs
 
 

@@ -48,7 +48,7 @@ def parse_arguments():
     add("--download", action="store_true", help="fetch PASCAL VOC 2012 (2 GB) into --data first")
     add("--backbone", default="resnet50", choices=usage.BACKBONES, help="default resnet50")
     add("--weights", help='"imagenet", "none" or a state dict; pretrained CNNs keep their BatchNorm frozen')
-    add("--temperature", type=float, help="tau1: larger spreads the seed (CNN), smaller focuses it (Transformer); inf is CAM")
+    add("--temperature", type=float, help="tau1: larger spreads the seed, smaller focuses it; inf is CAM")
     add("--reg-weight", type=float, help="lambda: weight of L_REG, reached as the classifier learns; 0 switches it off")
     add("--reg-temperature", type=float, help="tau2: temperature of the student's alpha in L_REG")
     add("--teacher-temperature", type=float, help="as --reg-temperature, for the teacher; lower sharpens the target")
