@@ -9,7 +9,6 @@ Next: train_seg.py, or eval.py.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import usage
 
-SCALES = (0.75, 1.0, 1.25)          # OURS: close to 1, the longer side at the size of training; IRN has 0.5 to 2
-THRESHOLD = 0.4                     # OURS: chosen on half of 1000 VOC photographs, see README
+# Scale 1 is the photograph with its longer side at the size of training. OURS: CNNs, whose training crops enlarge the
+# photograph, gain from finer maps (IRN has 0.5 to 2); Transformers stay near the grid that their position embedding knows.
+SCALES = {"cnn": (1.0, 1.5, 2.0), "transformer": (0.75, 1.0, 1.25)}
+THRESHOLD = 0.4                     # OURS: a round number in the middle; eval.py --sweep tells what others give
 
 
 class Photographs(Dataset):
@@ -36,18 +37,6 @@ class Photographs(Dataset):
         return usage.TO_TENSOR(usage.read_image(self.data.images[name])), self.labels[index], name
 
 
-def write_settings(path, settings):
-    """Record what the seeds are made with, or make sure that seeds from before were made with the same."""
-    if path.is_file():
-        before = usage.read_json(path)
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            raise usage.InputError(f"{path}: there are seeds made with another {', '.join(changed)}; remove that file, "
-                                   "seeds/ and scores/ beside it to make them anew")
-    with usage.written(path) as temporary:
-        temporary.write_text(json.dumps(settings))
-
-
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -55,26 +44,27 @@ def main():
     add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stage 1 (default runs/toy-resnet50)")
     add("--data", help="where the data lies now, if it has moved since stage 1")
     add("--threshold", type=float, default=THRESHOLD, help=f"a pixel above it is foreground (default {THRESHOLD})")
-    add("--scales", type=float, nargs="+", default=SCALES, help=f"default {SCALES}")
+    add("--scales", type=float, nargs="+", help="default: 1 1.5 2 for CNNs, 0.75 1 1.25 for Transformers")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
     add("--workers", type=int, default=min(8, usage.CORES), help="processes that load images (default: cores, up to 8)")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
-    if not 0 <= args.threshold <= 1 or not all(0 < scale <= 8 for scale in args.scales):
+    if not 0 <= args.threshold <= 1 or not all(0 < scale <= 8 for scale in args.scales or ()):
         raise usage.InputError("--threshold takes 0 to 1, --scales more than 0 and at most 8")
     device, rank, world = usage.start_processes(args.device, args.workers)
 
     # ---- the classifier and its data
     network, trained = usage.load_classifier(args.run)
     network = network.to(device, memory_format=torch.channels_last).eval()
+    scales = args.scales or SCALES["cnn" if trained["backbone"] in usage.CNNS else "transformer"]
     data = usage.VocFolder(args.data or trained["data"])
     usage.check_classes(data, trained["classes"], args.run)
     usage.refuse_truth(args.run / "seeds", data)
     ids = data.split(trained["split"])
-    settings = {"threshold": args.threshold, "scales": list(args.scales), "flip": args.flip, "split": trained["split"],
+    settings = {"threshold": args.threshold, "scales": list(scales), "flip": args.flip, "split": trained["split"],
                 "data": str(data.root.resolve()), "classes": data.classes, "classifier": trained}
     if rank == 0:
-        write_settings(args.run / "seeds.json", settings)
+        usage.record_settings(args.run / "seeds.json", settings, "seeds/ and scores/")
         print(f"{data.root}: seeds of {len(ids)} images of {trained['split']}, threshold {args.threshold} (fixed), into "
               f"{args.run / 'seeds'}")
 
@@ -89,7 +79,7 @@ def main():
         size = image.shape[-2:]
         base = [side * trained["size"] / max(size) for side in size]
         with usage.fast_autocast(device):
-            activations = usage.multi_scale_activations(network, image[None].to(device), base, args.scales, args.flip)
+            activations = usage.multi_scale_activations(network, image[None].to(device), base, scales, args.flip)
         activations = [s[:, present] for s in activations]                          # (1, C, h, w) -> (1, K, h, w)
         scores = usage.seed_scores(activations, torch.ones(1, len(present), device=device), size, network.align_corners)
         levels = (255 * scores).round().byte()                                      # (1, K, H, W), kept in 8 bits

@@ -718,7 +718,7 @@ def test_bad_input(case, toy, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(toy, data)
     shutil.copytree(finished[0], run)
     for path in (run / "seeds.json", run / "segmentation.json"):        # the copy's own folders
-        path.write_text(path.read_text().replace(str(toy), str(data)))
+        edited(path, lambda table: table.update(data=str(data)))
     if spoil:
         spoil(data, run)
     before = digest(tmp_path)

@@ -9,7 +9,6 @@ finished epoch. No true mask is opened but for the sheet segmentation.png. Next:
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import usage
 RECIPES = {
     ("cnn", "toy"): dict(epochs=4, batch_size=16, lr=3e-4),
     ("transformer", "toy"): dict(epochs=4, batch_size=16, lr=3e-4),
-    ("cnn", "photos"): dict(epochs=8, batch_size=16, lr=1e-4),
+    ("cnn", "photos"): dict(epochs=4, batch_size=16, lr=1e-4),
     ("transformer", "photos"): dict(epochs=8, batch_size=16, lr=1e-4),
 }
 SCALES = (0.75, 1.0, 1.25)          # at test time, each with its mirror image
@@ -143,7 +142,8 @@ def main():
     # ---- resume
     path = args.run / "segmenter.pt"
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
-                "seeds": str(folder.resolve()), "data": str(data.root.resolve()), "classes": data.classes, "split": "val"}
+                "seeds": str(folder.resolve()), "data": str(data.root.resolve()), "classes": data.classes, "split": "val",
+                "seeds_made_with": None if args.seeds else usage.read_json(args.run / "seeds.json")}
     parts = {"segmenter": segmenter, "optimiser": optimiser, "schedule": schedule}
     state = {"epoch": 0, "seconds": 0.0} | usage.resume(path, settings, parts)
     epoch, seconds = state["epoch"], state["seconds"]
@@ -195,8 +195,7 @@ def main():
     ids = data.split("val")
     if rank == 0:
         print(f"\ntrained in {seconds / 60:.1f} min; labelling {len(ids)} images of val")
-        with usage.written(args.run / "segmentation.json") as temporary:
-            temporary.write_text(json.dumps(settings))
+        usage.record_settings(args.run / "segmentation.json", settings, "segmentation/")
     mine = ids[rank::world]
     log = usage.Log(args.run / "segmentation.jsonl", len(mine)) if rank == 0 else None
     predict(segmenter, data, mine, trained["size"], args.run / "segmentation", device, log)

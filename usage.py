@@ -821,6 +821,17 @@ def resume(path, settings, parts):
     return state
 
 
+def record_settings(path, settings, results):
+    """Write what results are made with to a .json file; InputError if those from before were made with something else."""
+    before = read_json(path) if Path(path).is_file() else settings
+    changed = [key for key in settings if before.get(key) != settings[key]]
+    if changed:
+        raise InputError(f"{path}: its results were made with another {', '.join(changed)}; remove it and {results} beside "
+                         "it to make them anew")
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(settings))
+
+
 def load_classifier(run):
     """The student of a finished stage 1 and the settings it was trained with."""
     path = Path(run) / "classifier.pt"
