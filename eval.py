@@ -11,6 +11,7 @@ Means run over the C + 1 classes, background included. MCTformer's and WeakTr's 
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,21 @@ def show(entry):
           f"foreground {entry['area']:.2f} x the true area")
 
 
+def progress(ids):
+    """Yield the ids, with a line of progress."""
+    start = time.time()
+    for done, name in enumerate(ids, start=1):
+        yield name
+        if done % 50 == 0 or done == len(ids):
+            rate = done / (time.time() - start)
+            print(f"\r{done} of {len(ids)} images  {rate:.0f} images/s  {(len(ids) - done) / rate:.0f} s left ", end="",
+                  flush=True)
+
+
 def compare(ids, predicted_folder, truth_folder, num_classes):
     """The confusion matrix of the label maps <id>.png of one folder against those of another."""
     confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
-    for name in ids:
+    for name in progress(ids):
         truth = usage.read_mask(truth_folder / f"{name}.png", None, num_classes)
         path = predicted_folder / f"{name}.png"
         predicted = usage.read_mask(path, truth.shape, num_classes)
@@ -111,7 +123,7 @@ def score_run(run, data_root, with_sweep):
         threshold = f"{settings['threshold']} (fixed beforehand)" if what == "seeds" else "none (argmax)"
         entries.append(summary(confusion, data.classes, **facts, threshold=threshold))
         if what == "seeds" and with_sweep:
-            matrices = sweep((load_scores(run, data, name) for name in ids), num_classes)
+            matrices = sweep((load_scores(run, data, name) for name in progress(ids)), num_classes)
             curve = [metrics(matrix)["IoU"].nanmean().item() for matrix in matrices]
             best = int(np.argmax(curve))
             facts |= {"what": "seeds, oracle", "threshold": f"{best / 100} (ORACLE: the best of 101 on these very masks)"}

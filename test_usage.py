@@ -482,8 +482,23 @@ def test_vocs_own_annotations_and_folders(toy, tmp_path):
         data.labels(["train_0001"])
 
 
+def test_download_of_voc(toy, tmp_path, monkeypatch):
+    """torchvision's download, stood in for by one that unpacks the toy where VOC's archive would."""
+    def download(root, year, image_set, download):
+        assert (year, download) == ("2012", True)
+        shutil.copytree(toy, Path(root, "VOCdevkit", "VOC2012"))
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", download)
+    assert usage.VocFolder(tmp_path, download=True).split("val")
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", no_network)
+    with pytest.raises(usage.InputError, match="could not be downloaded"):
+        usage.VocFolder(tmp_path, download=True)
+
+
 def test_palette_is_vocs():
-    known = torchvision.datasets.VOCSegmentation and [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
+    known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
     assert [tuple(colour) for colour in usage.voc_palette()[:5].tolist()] == known
     assert tuple(usage.voc_palette()[usage.VOID].tolist()) == (224, 224, 192)
 

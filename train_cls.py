@@ -142,7 +142,7 @@ def main():
         raise usage.InputError(f"--batch-size {args.batch_size}: {split} has {len(train_set)} images; pass fewer")
     if rank == 0:
         print(f"{data.root}: {len(train_set)} images of {split}"
-              + ("" if split == "train_aug" or not args.photos else " (no train_aug.txt)")
+              + ("" if split == "train_aug" or not args.photos else " (there is no train_aug.txt)")
               + f", {len(data.classes)} classes; {args.backbone} on {device} x {world}, run folder {args.run}")
 
     # ---- student, teacher, optimiser

@@ -356,7 +356,7 @@ def load_pretrained(trunk, backbone, weights):
             state = versions["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
         else:
             state = load_checkpoint(weights, "pass --weights imagenet, none, or the path of a state dict")
-    except OSError as error:                                    # URLError and a full disk are OSErrors
+    except (OSError, RuntimeError) as error:                    # no network, a full disk; another hash
         raise InputError(f"the ImageNet weights of {backbone} could not be downloaded ({error}): pass --weights FILE "
                          "with a state dict, or --weights none") from error
     state = state.get("model", state)                           # DeiT's files keep the weights under this key
