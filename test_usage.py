@@ -529,6 +529,19 @@ def test_no_partial_file_has_the_final_name(tmp_path):
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
 
 
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, capsys):
+    usage.save_checkpoint(tmp_path / "a.pt", {"epoch": 1})
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 704 vs 598")         # what torch.save says on a full disk
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as end, usage.one_line_errors("run it again"):
+        usage.save_checkpoint(tmp_path / "a.pt", {"epoch": 2})
+    assert end.value.code == 2 and "run it again" in capsys.readouterr().err
+    assert usage.load_checkpoint(tmp_path / "a.pt", "") == {"epoch": 1} and len(list(tmp_path.iterdir())) == 1
+
+
 # ---- The four stages -------------------------------------------------------------------------------------------------
 
 SMALL = ["--weights", "none", "--size", "33", "--batch-size", "4", "--workers", "0"]

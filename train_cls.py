@@ -131,9 +131,9 @@ def main():
         torch.distributed.barrier()
     data = usage.VocFolder(args.data)
     split = "train_aug" if data.has_split("train_aug") else "train"
-    photos = [v2.ColorJitter(0.3, 0.3, 0.3)] if args.photos else []             # colour is the toy's only hint
+    colour = [v2.ColorJitter(0.3, 0.3, 0.3)] if args.photos else []             # OURS; on the toy, colour is a class's hint
     train_set = LabelledImages(data, split, v2.Compose([
-        v2.RandomResizedCrop(args.size, scale=(0.5, 1.0), antialias=True), v2.RandomHorizontalFlip(), *photos,
+        v2.RandomResizedCrop(args.size, scale=(0.5, 1.0)), v2.RandomHorizontalFlip(), *colour,
         usage.TO_TENSOR]))
     sampler = DistributedSampler(train_set, world, rank, seed=args.seed, drop_last=True)
     loader = DataLoader(train_set, args.batch_size // world, sampler=sampler, num_workers=args.workers, drop_last=True,

@@ -51,7 +51,7 @@ class SeedMasks(Dataset):
     def __init__(self, data, ids, folder, size, jitter):
         self.data, self.ids, self.folder = data, ids, folder
         colour = [v2.ColorJitter(0.3, 0.3, 0.3)] if jitter else []
-        self.transform = v2.Compose([v2.RandomResizedCrop(size, scale=(0.4, 1.0), antialias=True),
+        self.transform = v2.Compose([v2.RandomResizedCrop(size, scale=(0.4, 1.0)),
                                      v2.RandomHorizontalFlip(), *colour])
 
     def __len__(self):

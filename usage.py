@@ -594,7 +594,7 @@ def draw_toy(root, train=800, val=200, side=128):
 
     A critter's small patterned head gives its class away; its body only hints at it (a CNN's seed covers the head
     alone). Most critters sit in a soft glow of their class's tint, which is not part of them (a Transformer's seed
-    spreads there). Headless stones share the bodies' colours. The same pictures on every machine, up to the JPEG library.
+    spreads beyond the critter). Headless stones share the bodies' colours. The same pictures on every machine, up to the JPEG library.
     Returns root; writes nothing if it is there.
     """
     if root.is_dir():
@@ -786,9 +786,12 @@ def save_contact_sheet(path, data, ids, folder, scores=None, side=160):
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values."""
+    """Write a dict of tensors and plain values; OSError where it does not fit."""
     with written(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:                           # torch's way to say that the disk is full
+            raise OSError(f"{path} could not be written ({str(error).splitlines()[0][:100]})") from error
 
 
 def load_checkpoint(path, remedy):
