@@ -644,7 +644,7 @@ def test_seeds_continue_where_they_stopped(finished, tmp_path):
 
 
 def test_two_processes(toy, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29531]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29531, "--"]      # torchrun
     stage("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "mobilenet_v2", "--epochs", 1, *SMALL,
           launcher=launcher)
     stage("make_seeds.py", "--run", tmp_path, "--scales", 1, "--workers", 0, launcher=launcher)

@@ -3,7 +3,7 @@
     python train_cls.py --backbone resnet50                        the toy scenes, in minutes on a CPU
     python train_cls.py --data VOC --download --backbone deit_small
     python train_cls.py --temperature inf --reg-weight 0           plain CAM
-    torchrun --nproc-per-node 4 train_cls.py ...                   several processes, --batch-size shared among them
+    torchrun --nproc-per-node 4 -- train_cls.py ...                several processes, --batch-size shared among them
 
 Writes classifier.pt and classifier.jsonl into the run folder; started again, it goes on after the last finished epoch.
 Next: make_seeds.py.
