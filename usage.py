@@ -227,6 +227,7 @@ class ActivationNetwork(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
 
     def features(self, images):
+        """(B, 3, H, W) -> (B, D, h, w); each kind of network has its own."""
         raise NotImplementedError
 
     def forward(self, images):
@@ -498,6 +499,7 @@ class VocFolder:
         self.images = {path.stem: path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
 
     def has_split(self, split):
+        """Whether there is a list of that name."""
         return (self.root / f"ImageSets/Segmentation/{split}.txt").is_file()
 
     def split(self, split):
@@ -701,6 +703,7 @@ def draw_critter(pens, rng, kind, place, length, tilt, facing, side):
 
 
 def rotate(x, y, angle):
+    """Coordinates turned by an angle in radians."""
     return np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
 
 
