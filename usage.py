@@ -596,7 +596,8 @@ def draw_toy(root, train=800, val=200, side=128):
 
     A critter's small patterned head gives its class away; its body only hints at it (a CNN's seed covers the head
     alone). Most critters sit in a soft glow of their class's tint, which is not part of them (a Transformer's seed
-    spreads beyond the critter). Headless stones share the bodies' colours. The same pictures on every machine, up to the JPEG library.
+    spreads beyond the critter). Headless stones share the bodies' colours. The same pictures on every machine, up to
+    the JPEG library.
     Returns root; writes nothing if it is there.
     """
     if root.is_dir():
