@@ -541,6 +541,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, capsys):
 
 # ---- The four stages -------------------------------------------------------------------------------------------------
 
+TORCHRUN = ["-m", "torch.distributed.run", "--master-port", 29531, "--nproc-per-node", 2, "--"]
 SMALL = ["--weights", "none", "--size", "33", "--batch-size", "4", "--workers", "0"]
 
 
@@ -641,12 +642,44 @@ def test_seeds_continue_where_they_stopped(finished, tmp_path):
 
 
 def test_two_processes(toy, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29531, "--"]      # torchrun
     stage("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "mobilenet_v2", "--epochs", 1, *SMALL,
-          launcher=launcher)
-    stage("make_seeds.py", "--run", tmp_path, "--scales", 1, "--workers", 0, launcher=launcher)
-    stage("train_seg.py", "--run", tmp_path, "--epochs", 1, "--batch-size", 4, "--workers", 0, launcher=launcher)
+          launcher=TORCHRUN)
+    stage("make_seeds.py", "--run", tmp_path, "--scales", 1, "--workers", 0, launcher=TORCHRUN)
+    stage("train_seg.py", "--run", tmp_path, "--epochs", 1, "--batch-size", 4, "--workers", 0, launcher=TORCHRUN)
     assert len(list((tmp_path / "seeds").glob("*.png"))) == 8 and len(list((tmp_path / "segmentation").glob("*.png"))) == 4
+
+
+def losses(run):
+    return [[json.loads(line)[key] for key in ("L_GEN", "L_REG", "q")]
+            for line in (run / "classifier.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "deit_tiny"])
+def test_two_processes_give_the_losses_of_one(backbone, toy, tmp_path):
+    weights, script = "none", tmp_path / "float32.py"           # bfloat16 rounds so coarsely that runs part within steps
+    script.write_text(f"import contextlib, runpy, sys; sys.path[0] = {str(HERE)!r}; import usage\n"
+                      "usage.fast_autocast = lambda device: contextlib.nullcontext()\n"
+                      f"runpy.run_path({str(HERE / 'train_cls.py')!r}, run_name='__main__')\n")
+    if backbone in usage.CNNS:                                  # pretrained: BatchNorm is frozen, no process has its own
+        weights = tmp_path / "weights.pth"
+        torch.save(torchvision.models.get_model(backbone).state_dict(), weights)
+    for number in (1, 2):
+        stage(script, "--data", toy, "--run", tmp_path / str(number), "--backbone", backbone, "--weights", weights,
+              "--size", 33, "--batch-size", 4, "--workers", number - 1, "--epochs", 5, "--max-rate", 0, "--lr", 1e-4,
+              "--no-adaptive", "--reg-temperature", 0.2, "--teacher-temperature", 0.1,
+              launcher=[*TORCHRUN[:-2], number, "--"])
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 1 and one[0][1] > 0                      # a record every tenth step
+    np.testing.assert_allclose(one, two, rtol=1e-3)
+
+
+@pytest.mark.parametrize("flags", [["--attention"], ["--no-adaptive"], ["--views", "geometric"]])
+def test_rows_of_the_ablation(flags, toy, tmp_path):
+    run = ["train_cls.py", "--data", toy, "--backbone", "deit_tiny", *SMALL, "--run"]
+    stage(*run, tmp_path / "plain", "--epochs", 3)
+    stage(*run, tmp_path / "other", "--epochs", 3, *flags)
+    plain, other = (usage.load_checkpoint(tmp_path / name / "classifier.pt", "") for name in ("plain", "other"))
+    assert plain["running"] != other["running"]
 
 
 # ---- Bad input: one line, exit code 2, nothing written or lost -------------------------------------------------------
@@ -725,6 +758,7 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "no such device": ([*TRAIN, "--device", "cuda:7"], "--device cuda:7", None),
     "no such device, seeds": ([*SEEDS, "--device", "tpu"], "--device tpu", None),
     "batch larger than the data": ([*TRAIN, "--batch-size", "50"], "8 images", None),
+    "attention of a CNN": ([*TRAIN, "--attention"], "--attention", None),
     "negative temperature": ([*TRAIN, "--temperature", "-1"], "--temperature", None),
     "other settings": ([*SEEDS, "--threshold", "0.3"], "another threshold", None),
     "seeds in the folder of the truth": (SEEDS, "true masks", lambda data, run: (

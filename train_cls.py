@@ -2,7 +2,7 @@
 
     python train_cls.py --backbone resnet50                        the toy scenes, in minutes on a CPU
     python train_cls.py --data VOC --download --backbone deit_small
-    python train_cls.py --temperature inf --reg-weight 0           plain CAM
+    python train_cls.py --temperature inf --reg-weight 0           plain CAM; 0 instead of inf: multiple-instance learning
     torchrun --nproc-per-node 4 -- train_cls.py ...                several processes, --batch-size shared among them
 
 Writes classifier.pt and classifier.jsonl into the run folder; started again, it goes on after the last finished epoch.
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
@@ -49,11 +50,16 @@ def parse_arguments():
     add("--backbone", default="resnet50", choices=usage.BACKBONES, help="default resnet50")
     add("--weights", help='"imagenet", "none" or a state dict; pretrained CNNs keep their BatchNorm frozen')
     add("--temperature", type=float, help="tau1: larger spreads the seed, smaller focuses it; inf is CAM")
+    add("--attention", action="store_true", help="Transformers: the class token's attention as L_GEN's alpha, without tau1")
     add("--reg-weight", type=float, help="lambda: weight of L_REG, reached as the classifier learns; 0 switches it off")
     add("--reg-temperature", type=float, help="tau2: temperature of the student's alpha in L_REG")
     add("--teacher-temperature", type=float, help="as --reg-temperature, for the teacher; lower sharpens the target")
     add("--max-rate", type=float, help="the student's drop rate when all is learnt")
     add("--weak-ratio", type=float, default=0.5, help="the teacher's drop rate, as a part of the student's (default 0.5)")
+    add("--adaptive", action=argparse.BooleanOptionalAction, default=True,
+        help="rates and lambda follow the learning status (default yes), or are fixed from the first step on")
+    add("--views", choices=("adjusted", "geometric"), default="adjusted",
+        help="what differs in L_REG: the networks (default), or the images: the teacher sees them mirrored and smaller")
     add("--teacher-decay", type=float, default=0.99, help="of the moving average, per step (default 0.99)")
     add("--size", type=int, help="side of the training crops; best 16k+1 for CNNs, 16k for Transformers")
     add("--epochs", type=int)
@@ -81,12 +87,18 @@ def check_arguments(args):
                             ("lr", 0, math.inf), ("weight_decay", 0, math.inf)):
         if not low <= getattr(args, flag) <= high:
             raise usage.InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: pass {low} to {high}")
+    if args.attention and args.backbone in usage.CNNS:
+        raise usage.InputError(f"--attention: {args.backbone} has no class token; pass a deit as --backbone")
 
 
 class LabelledImages(Dataset):
-    """Image and image-level labels: ((3, size, size), (C,)). Never opens a mask."""
+    """Image and image-level labels: ((3, size, size), (C,)). Never opens a mask.
 
-    def __init__(self, data, split, transform):
+    The random cut of an image depends on seed, epoch and index alone, not on the number of workers or processes.
+    """
+
+    def __init__(self, data, split, transform, seed=0):
+        self.seed, self.epoch = seed, 0
         self.ids = data.split(split)
         self.labels = data.labels(self.ids)
         self.paths = [data.images[name] for name in self.ids]
@@ -96,19 +108,26 @@ class LabelledImages(Dataset):
         return len(self.ids)
 
     def __getitem__(self, index):
-        return self.transform(usage.read_image(self.paths[index])), self.labels[index]
+        with usage.random_numbers(self.seed, self.epoch, index):
+            return self.transform(usage.read_image(self.paths[index])), self.labels[index]
+
+
+def mirrored_activations(network, images):
+    """Activations (B, C, h, w) of images (B, 3, H, W), seen mirrored and at 3/4 of their size, put back in place."""
+    size = usage.fitting_size([0.75 * side for side in images.shape[-2:]], network.align_corners)
+    view = F.interpolate(images.flip(-1), size, mode="bilinear", align_corners=False, antialias=True)
+    h, w = (math.ceil(side / usage.STRIDE) for side in images.shape[-2:])
+    return F.interpolate(network(view).float().flip(-1), (h, w), mode="bilinear", align_corners=network.align_corners)
 
 
 @torch.no_grad()
-def classify(network, loader, temperature, device):
+def classify(network, loader, args, device):
     """Mean average precision and accuracy per label of a network: floats in [0, 1]."""
     network.eval()
     scores, labels = [], []
     for images, target in loader:
-        with usage.fast_autocast(device):
-            activations = network(images.to(device, memory_format=torch.channels_last))
-        alpha = usage.spatial_activation_distribution(activations, temperature)
-        scores.append(usage.class_scores(activations, alpha).cpu())
+        images = images.to(device, memory_format=torch.channels_last)
+        scores.append(usage.score_images(network, images, args.temperature, args.attention).cpu())
         labels.append(target)
     scores, labels = torch.cat(scores), torch.cat(labels)                       # (images, C)
     accuracy = ((scores > 0) == (labels > 0.5)).float().mean().item()
@@ -134,7 +153,7 @@ def main():
     colour = [v2.ColorJitter(0.3, 0.3, 0.3)] if args.photos else []             # OURS; on the toy, colour is a class's hint
     train_set = LabelledImages(data, split, v2.Compose([
         v2.RandomResizedCrop(args.size, scale=(0.5, 1.0)), v2.RandomHorizontalFlip(), *colour,
-        usage.TO_TENSOR]))
+        usage.TO_TENSOR]), args.seed)
     sampler = DistributedSampler(train_set, world, rank, seed=args.seed, drop_last=True)
     loader = DataLoader(train_set, args.batch_size // world, sampler=sampler, num_workers=args.workers, drop_last=True,
                         pin_memory=device.type == "cuda")
@@ -177,27 +196,37 @@ def main():
         start = time.time()
         torch.manual_seed(hash((args.seed, epoch, rank)))                       # an epoch done again is the same epoch
         sampler.set_epoch(epoch)
+        train_set.epoch = epoch
         student.train(), teacher.train()
         if frozen:
             usage.freeze_batchnorm(student), usage.freeze_batchnorm(teacher)
         for step, (images, labels) in enumerate(loader, start=epoch * len(loader) + 1):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)                       # (B, C)
-            q = usage.learning_status(running)
+            q = usage.learning_status(running) if args.adaptive else 1.0
             strong, weak = usage.adjustment_rates(q, args.max_rate, args.weak_ratio)
-            usage.set_adjustment(student, strong if args.reg_weight else 0.0)
-            usage.set_adjustment(teacher.module, weak)
+            adjusted = args.reg_weight > 0 and args.views == "adjusted"
+            usage.set_adjustment(student, strong if adjusted else 0.0)
+            usage.set_adjustment(teacher.module, weak if adjusted else 0.0)
 
-            with usage.fast_autocast(device):
-                s = ddp(images)                                                 # (B, C, h, w), strongly adjusted
-            generation = usage.generation_loss(s, labels, args.temperature)
+            with usage.fast_autocast(device):                                   # strongly adjusted
+                s, attention = ddp(images, return_attention=True) if args.attention else (ddp(images), None)
+            if args.attention:                                                  # s (B, C, h, w), attention (B, 1, h, w)
+                generation = F.multilabel_soft_margin_loss(usage.class_scores(s, attention), labels)
+            else:
+                generation = usage.generation_loss(s, labels, args.temperature)
             loss, regularization = generation, torch.zeros_like(generation)
             if args.reg_weight:
-                with usage.fast_autocast(device), torch.no_grad():
-                    target = teacher.module(images)                             # (B, C, h, w), weakly adjusted
+                with usage.fast_autocast(device), torch.no_grad():              # weakly adjusted: (B, C, h, w)
+                    target = teacher.module(images) if adjusted else mirrored_activations(teacher.module, images)
                 alpha = usage.spatial_activation_distribution(s, args.reg_temperature)
                 target = usage.spatial_activation_distribution(target, args.teacher_temperature)
                 regularization = usage.consistency_loss(alpha, target, labels)
+                if world > 1:                                                   # a mean over the pairs of all processes
+                    pairs = labels.sum()
+                    total = pairs.clone()
+                    torch.distributed.all_reduce(total)
+                    regularization = regularization * pairs * world / total.clamp_min(1)
                 loss = generation + args.reg_weight * q * regularization        # OURS: lambda grows with q, see README
             optimiser.zero_grad()
             loss.backward()
@@ -226,7 +255,7 @@ def main():
         size = usage.fitting_size((args.size, args.size), student.align_corners)
         val_set = LabelledImages(data, "val", v2.Compose([v2.Resize(size, antialias=True), usage.TO_TENSOR]))
         precision, accuracy = classify(student, DataLoader(val_set, args.batch_size, num_workers=args.workers),
-                                       args.temperature, device)
+                                       args, device)
         print(f"\nval, {len(val_set)} images: mAP {precision:.3f}, accuracy per label {accuracy:.3f}, trained in "
               f"{seconds / 60:.1f} min\nnext: python make_seeds.py --run {args.run}")
 

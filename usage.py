@@ -264,10 +264,14 @@ class TransformerNetwork(ActivationNetwork):
         tokens = encoder.dropout(tokens + self.position_embedding(h, w))
         attention = 0.0
         for block in encoder.layers:
-            if return_attention:
-                query = block.ln_1(tokens)
-                attention = attention + block.self_attention(query, query, query)[1][:, :1, 1:]     # (B, 1, N)
-            tokens = block(tokens)
+            if not return_attention:
+                tokens = block(tokens)
+                continue
+            query = block.ln_1(tokens)                                              # the block's own steps, one by one
+            change, weights = block.self_attention(query, query, query)
+            tokens = tokens + block.dropout(change)
+            tokens = tokens + block.mlp(block.ln_2(tokens))
+            attention = attention + weights[:, :1, 1:].float()                      # (B, 1, N), mean over heads
         features = encoder.ln(tokens)[:, 1:].transpose(1, 2).unflatten(2, (h, w))   # (B, 1 + N, D) -> (B, D, h, w)
         if not return_attention:
             return features
@@ -410,6 +414,13 @@ def multi_scale_activations(network, image, base, scales, flip):
         s = network(view.contiguous(memory_format=torch.channels_last))
         activations += [s[:1], s[1:].flip(-1)] if flip else [s]
     return activations
+
+
+def score_images(network, images, temperature, attention=False):
+    """The class scores s~ that L_GEN sees: images (B, 3, H, W) -> (B, C), float32; `attention` as in train_cls.py."""
+    with fast_autocast(images.device):
+        s, alpha = network(images, return_attention=True) if attention else (network(images), None)
+    return class_scores(s, spatial_activation_distribution(s, temperature) if alpha is None else alpha)
 
 
 def freeze_batchnorm(network):
@@ -886,7 +897,15 @@ class Log:
         return f"{shown}  {rate:.1f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
 
 
-# ---- Processes -------------------------------------------------------------------------------------------------------
+# ---- Processes and random numbers ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def random_numbers(*key):
+    """Inside, torch's random numbers on the CPU follow from the key (integers) alone; after it, they go on as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash(key))
+        yield
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
