@@ -11,6 +11,7 @@ Means run over the C + 1 classes, background included. MCTformer's and WeakTr's 
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -35,29 +36,28 @@ def metrics(confusion):
     return {"IoU": true_positive / union, "FPR": false_positive / union, "FNR": false_negative / union}
 
 
-def sweep(items, num_classes):
-    """Confusion matrices at the thresholds 0.00, 0.01 ... 1.00 from one pass.
+def count_levels(truth, classes, levels, num_classes):
+    """Pixels by (true class, strongest class, its score), void left out: enough for every threshold at once.
 
-    items yields (truth (H, W), classes (K,), levels (K, H, W) uint8: scores * 255) -> (101, C + 1, C + 1) int64.
+    truth (H, W), classes (K,), levels (K, H, W) uint8: scores * 255 -> (C + 1, C + 1, 256) int64.
     """
-    counts = torch.zeros((num_classes + 1) ** 2 * 256, dtype=torch.int64)
-    for truth, classes, levels in items:
-        if len(classes):
-            best, winner = levels.max(0)                                            # (K, H, W) -> (H, W)
-            predicted = classes[winner] + 1
-        else:
-            best = predicted = torch.zeros_like(truth)
-        valid = truth != usage.VOID
-        cells = (truth[valid].long() * (num_classes + 1) + predicted[valid].long()) * 256 + best[valid].long()
-        counts += torch.bincount(cells, minlength=len(counts))
-    counts = counts.view(num_classes + 1, num_classes + 1, 256)                     # true class, strongest class, level
-    matrices = []
-    for threshold in torch.arange(101) / 100:
-        above = torch.arange(256) / 255 > threshold                                 # as in usage.label_map
-        matrix = counts[..., above].sum(-1)
-        matrix[:, 0] += counts[..., ~above].sum((1, 2))                             # what is not above is background
-        matrices.append(matrix)
-    return torch.stack(matrices)
+    shape = (num_classes + 1, num_classes + 1, 256)
+    if len(classes):
+        best, winner = levels.max(0)                                                # (K, H, W) -> (H, W)
+        predicted = classes[winner] + 1
+    else:
+        best = predicted = torch.zeros_like(truth)
+    valid = truth != usage.VOID
+    cells = (truth[valid].long() * shape[1] + predicted[valid].long()) * 256 + best[valid].long()
+    return torch.bincount(cells, minlength=math.prod(shape)).view(shape)
+
+
+def at_threshold(counts, threshold):
+    """The confusion matrix (C + 1, C + 1) that `usage.label_map` would give at a threshold, from `count_levels`."""
+    above = torch.arange(256) / 255 > threshold
+    matrix = counts[..., above].sum(-1)
+    matrix[:, 0] += counts[..., ~above].sum((1, 2))                                 # what is not above is background
+    return matrix
 
 
 def summary(confusion, classes, **facts):
@@ -71,7 +71,9 @@ def summary(confusion, classes, **facts):
 
 
 def show(entry):
-    print(f"\n{entry['what']}: {entry['data']}, {entry['split']}, {entry['images']} images, threshold {entry['threshold']}")
+    labels = f"{entry['labels']} labels, " if "labels" in entry else ""
+    print(f"\n{entry['what']}: {entry['data']}, {entry['split']}, {entry['images']} images, {labels}threshold "
+          f"{entry['threshold']}")
     print(f"  {'':16}    IoU    FPR    FNR")
     for name, rate in entry["classes"].items():
         print(f"  {name:16} {rate['IoU']:6.3f} {rate['FPR']:6.3f} {rate['FNR']:6.3f}")
@@ -90,15 +92,14 @@ def progress(ids):
                   flush=True)
 
 
-def compare(ids, predicted_folder, truth_folder, num_classes):
-    """The confusion matrix of the label maps <id>.png of one folder against those of another."""
+def compare(ids, folder, true_mask, num_classes):
+    """The confusion matrix of the label maps <id>.png of a folder against true_mask(id)."""
     confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     for name in progress(ids):
-        truth = usage.read_mask(truth_folder / f"{name}.png", None, num_classes)
-        path = predicted_folder / f"{name}.png"
+        truth, path = true_mask(name), folder / f"{name}.png"
         predicted = usage.read_mask(path, truth.shape, num_classes)
         if (predicted == usage.VOID).any():
-            raise usage.InputError(f"{path}: a prediction has no void (255); give every pixel a class")
+            raise usage.InputError(f"{path}: has void (255), a prediction must not; score a run's pseudo masks by --run")
         confusion += confusion_matrix(truth, predicted, num_classes)
     return confusion
 
@@ -110,39 +111,62 @@ def score_run(run, data_root, with_sweep):
         if not path.is_file():
             continue
         settings = usage.read_json(path)
-        data = usage.VocFolder(data_root or settings["data"])
+        data = usage.open_data(data_root or settings["data"])
         usage.check_classes(data, settings["classes"], run)
         split = "train" if settings["split"] == "train_aug" else settings["split"]  # the part of it that has masks
-        ids, num_classes = data.split(split), len(data.classes)
-        folder = run / what
+        ids, folder = data.split(split), run / what
         missing = [name for name in ids if not (folder / f"{name}.png").is_file()]
         if missing:
             raise usage.InputError(f"{folder / missing[0]}.png: not there; run the stage that writes {folder} to its end")
-        facts = {"what": what, "data": str(data.root), "split": split, "images": len(ids)}
-        confusion = compare(ids, folder, data.masks, num_classes)
-        threshold = f"{settings['threshold']} (fixed beforehand)" if what == "seeds" else "none (argmax)"
-        entries.append(summary(confusion, data.classes, **facts, threshold=threshold))
-        if what == "seeds" and with_sweep:
-            matrices = sweep((load_scores(run, data, name) for name in progress(ids)), num_classes)
-            curve = [metrics(matrix)["IoU"].nanmean().item() for matrix in matrices]
-            best = int(np.argmax(curve))
-            facts |= {"what": "seeds, oracle", "threshold": f"{best / 100} (ORACLE: the best of 101 on these very masks)"}
-            entries.append(summary(matrices[best], data.classes, **facts) | {"mIoU at 0.00, 0.01 ... 1.00": curve})
+        facts = {"data": str(data.root), "split": split, "images": len(ids)}
+        if what == "seeds":
+            entries += score_seeds(run, data, ids, settings, facts, with_sweep)
+        else:
+            confusion = compare(ids, folder, data.mask, len(data.classes))
+            entries.append(summary(confusion, data.classes, what=what, threshold="none (argmax)", **facts))
     if not entries:
         raise usage.InputError(f"{run}: nothing to score; run make_seeds.py --run {run} first")
     return entries
 
 
-def load_scores(run, data, name):
-    """(truth, classes, levels) of one image for `sweep`."""
+def score_seeds(run, data, ids, settings, facts, with_sweep):
+    """Entries for the seeds, at the fixed threshold and at the best one, and for the pseudo masks made of them.
+
+    Pixels that a pseudo mask leaves void count as what they would be without.
+    """
+    shape = (len(data.classes) + 1, len(data.classes) + 1, 256)
+    counts = {"levels": torch.zeros(shape, dtype=torch.int64), "refined": torch.zeros(shape, dtype=torch.int64)}
+    for name in progress(ids):
+        classes, scores = load_scores(run, name)
+        truth = data.mask(name, scores["levels"].shape[1:])
+        for kind, levels in scores.items():
+            counts[kind] += count_levels(truth, classes, levels, len(data.classes))
+    facts |= {"labels": "given" if settings["class_threshold"] is None else "predicted"}
+    fixed = facts | {"threshold": f"{settings['threshold']} (fixed beforehand)"}
+    entries = [summary(at_threshold(counts["levels"], settings["threshold"]), data.classes, what="seeds", **fixed)]
+    if settings["refine"]:
+        matrix = at_threshold(counts["refined"], settings["threshold"])
+        entries.append(summary(matrix, data.classes, what="pseudo masks", **fixed))
+    if with_sweep:
+        matrices = [at_threshold(counts["levels"], threshold) for threshold in torch.arange(101) / 100]
+        curve = [summary(matrix, data.classes) for matrix in matrices]
+        best = int(np.argmax([point["mIoU"] for point in curve]))
+        facts |= {"what": "seeds, oracle", "threshold": f"{best / 100} (ORACLE: the best of 101 on these very masks)"}
+        curve = {f"{key} at 0.00, 0.01 ... 1.00": [point[key] for point in curve] for key in ("mIoU", "area")}
+        entries.append(summary(matrices[best], data.classes, **facts) | curve)
+    return entries
+
+
+def load_scores(run, name):
+    """Of one image's scores: the classes (K,), and {"levels", and "refined" if there are any: (K, H, W) uint8}."""
     path = run / f"scores/{name}.npz"
     try:
         with np.load(path) as file:
-            classes, levels = torch.from_numpy(file["classes"]), torch.from_numpy(file["levels"])
+            arrays = {key: torch.from_numpy(file[key]) for key in file}
+        return arrays.pop("classes"), arrays
     except Exception as error:
         raise usage.InputError(f"{path}: not readable as scores ({error}); remove it and seeds/{name}.png, and run "
                                "make_seeds.py again") from error
-    return usage.read_mask(data.masks / f"{name}.png", levels.shape[1:], len(data.classes)), classes, levels
 
 
 def score_folders(predicted, truth, classes):
@@ -155,7 +179,10 @@ def score_folders(predicted, truth, classes):
     ids = sorted(path.stem for path in predicted.glob("*.png"))
     if not ids:
         raise usage.InputError(f"{predicted}: no .png in it; nothing to score")
-    confusion = compare(ids, predicted, truth, len(classes))
+
+    def true_mask(name):
+        return usage.read_mask(truth / f"{name}.png", None, len(classes))
+    confusion = compare(ids, predicted, true_mask, len(classes))
     split = f"every png of {predicted} ({len(list(truth.glob('*.png')))} in the truth)"
     return [summary(confusion, classes, what="label maps", data=str(truth), split=split, images=len(ids),
                     threshold="none (label maps)")]

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 import eval as evaluation
+import make_seeds
 import usage
 
 HERE = Path(__file__).parent
@@ -221,7 +222,7 @@ def test_functions_of_the_paper_stand_alone(name):
         "spatial_activation_distribution": (s, 0.7), "class_scores": (s, alpha), "generation_loss": (s, labels, 0.7),
         "consistency_loss": (alpha, alpha.flip(0), labels), "learning_status": (0.3,), "adjustment_rates": (0.3, 0.2, 0.5),
         "set_adjustment": (network, 0.3), "ema_teacher": (nn.Linear(2, 2), 0.9),
-        "seed_scores": ([s, s], labels, (9, 9)), "label_map": (alpha, 0.05)}[name]
+        "seed_scores": ([s, s], labels, (9, 9)), "refine_scores": (s, alpha, 0.1), "label_map": (alpha, 0.05)}[name]
     here, there = getattr(usage, name)(*arguments), alone[name](*arguments)
     if name == "ema_teacher":
         here, there = here.module.weight, there.module.weight
@@ -240,6 +241,45 @@ def test_seed_scores_equal_the_slow_loop(align_corners):
                     for m in maps).clamp(min=0)
         torch.testing.assert_close(scores[b, c], total / total.max() if labels[b, c] else torch.zeros(12, 16))
     assert (usage.seed_scores([-torch.ones(1, 1, 2, 2)], torch.ones(1, 1), (4, 4)) == 0).all()     # nothing positive
+
+
+def test_refinement_equals_the_slow_loop():
+    x, scores = torch.rand(1, 3, 6, 7), torch.rand(1, 2, 6, 7)
+    p = torch.sigmoid((scores - 0.4) / 0.1)[0]
+    positions = [(i, j) for i in range(6) for j in range(7)]
+    around = {}                                                 # of each position: its neighbours at dilations 1 and 2
+    for i, j in positions:
+        steps = [(d * dy, d * dx) for d in (1, 2) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+        around[i, j] = [(min(max(i + dy, 0), 5), min(max(j + dx, 0), 6)) for dy, dx in steps]
+    for _ in range(3):
+        moved = torch.zeros_like(p)
+        for i, j in positions:
+            colours = np.array([[x[0, c, m, n].item() for m, n in around[i, j]] for c in range(3)])     # (3, 16)
+            here = np.array([[x[0, c, i, j].item()] for c in range(3)])
+            affinity = np.exp(-(np.abs(colours - here) / (0.1 * colours.std(1, ddof=1, keepdims=True))).mean(0))
+            for weight, (m, n) in zip(affinity / affinity.sum(), around[i, j]):
+                moved[:, i, j] += weight * p[:, m, n]
+        p = moved
+    refined = usage.refine_scores(x, scores, 0.4, dilations=(1, 2), iterations=3)
+    torch.testing.assert_close(refined[0], (0.4 + 0.1 * torch.logit(p)).clamp(0, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_refinement_follows_an_edge():
+    image = torch.zeros(1, 3, 40, 200)
+    image[..., 100:] = 1
+    scores = torch.linspace(0, 1, 200).expand(1, 1, 40, 200)    # exceeds 0.4 from column 80 on
+    refined = usage.refine_scores(image + 0.01 * torch.rand(1, 3, 40, 200), scores, 0.4)
+    left, right = refined[..., :97].max(), refined[..., 103:].min()
+    assert refined.shape == scores.shape and left < right
+    constant = usage.refine_scores(torch.rand(1, 3, 20, 20), torch.full((1, 2, 20, 20), 0.3), 0.4)
+    torch.testing.assert_close(constant, torch.full((1, 2, 20, 20), 0.3))
+
+
+def test_uncertain_pixels_become_void(tmp_path):
+    levels = torch.tensor([[[0, 90, 102, 130, 255]], [[10, 20, 110, 0, 0]]], dtype=torch.uint8)     # 0.4 is 102
+    make_seeds.write_results(tmp_path, "a", torch.tensor([1, 4]), levels, levels, 0.4)
+    assert usage.read_mask(tmp_path / "seeds/a.png", (1, 5), 5).tolist() == [[0, 0, 5, 2, 2]]
+    assert usage.read_mask(tmp_path / "pseudo_masks/a.png", (1, 5), 5).tolist() == [[0, 255, 255, 2, 2]]
 
 
 def test_label_map_equals_the_slow_loop():
@@ -437,7 +477,9 @@ def test_sweep_equals_separate_evaluations():
         for k, threshold in enumerate(torch.arange(101) / 100):
             predicted = usage.label_map(scores, threshold.item())[0]
             expected[k] += evaluation.confusion_matrix(truth, predicted, 3)
-    assert torch.equal(evaluation.sweep(items, 3), expected)
+    counts = sum(evaluation.count_levels(*item, 3) for item in items)
+    for k, threshold in enumerate(torch.arange(101) / 100):
+        assert torch.equal(evaluation.at_threshold(counts, threshold), expected[k])
 
 
 # ---- The data --------------------------------------------------------------------------------------------------------
@@ -581,12 +623,13 @@ def test_four_stages_of_a_cnn(finished, toy):
     for picture in ("seeds.png", "segmentation.png"):
         assert Image.open(run / picture).size[1] > 100
     report = json.loads((run / "report.json").read_text())
-    assert [entry["what"] for entry in report] == ["seeds", "seeds, oracle", "segmentation"]
-    assert [entry["images"] for entry in report] == [8, 8, 4]
-    fixed, oracle, _ = report
+    assert [entry["what"] for entry in report] == ["seeds", "pseudo masks", "seeds, oracle", "segmentation"]
+    assert [entry["images"] for entry in report] == [8, 8, 8, 4]
+    fixed, _, oracle, _ = report
     assert fixed["mIoU"] == pytest.approx(oracle["mIoU at 0.00, 0.01 ... 1.00"][40])     # the PNGs are the scores at 0.40
     assert oracle["mIoU"] == max(oracle["mIoU at 0.00, 0.01 ... 1.00"]) and "ORACLE" in oracle["threshold"]
-    assert "train, 8 images, threshold 0.4 (fixed beforehand)" in printed[3]
+    assert "train, 8 images, given labels, threshold 0.4 (fixed beforehand)" in printed[3]
+    assert len(list((run / "pseudo_masks").glob("*.png"))) == 8
     pairs = stage("eval.py", "--pred", run / "seeds", "--truth", toy / "SegmentationClass",
                   "--classes", toy / "classes.txt")
     assert f"{fixed['mIoU']:.3f}" in pairs
@@ -597,7 +640,7 @@ def test_four_stages_of_a_transformer(toy, tmp_path):
     stage("make_seeds.py", "--run", tmp_path, "--scales", 1, "--workers", 0)
     stage("train_seg.py", "--run", tmp_path, "--epochs", 1, "--batch-size", 4, "--workers", 0)
     stage("eval.py", "--run", tmp_path)
-    assert len(json.loads((tmp_path / "report.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "report.json").read_text())) == 3
 
 
 def test_training_opens_no_mask(toy, tmp_path):
@@ -738,10 +781,10 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "mask in colour": (EVAL, "RGB", lambda data, run: in_colour(data / "SegmentationClass/train_0000.png")),
     "missing mask": (EVAL, "train_0000.png", lambda data, run: (data / "SegmentationClass/train_0000.png").unlink()),
     "seed of another size": (SEGMENT, "train_0000.png", lambda data, run: (
-        in_colour(run / "seeds/train_0000.png", (20, 20), "L"), (run / "segmenter.pt").unlink())),
+        in_colour(run / "pseudo_masks/train_0000.png", (20, 20), "L"), (run / "segmenter.pt").unlink())),
     "seeds without classifier": (SEEDS, "run train_cls.py", lambda data, run: (run / "classifier.pt").unlink()),
     "segmentation without classifier": (SEGMENT, "run train_cls.py", lambda data, run: (run / "classifier.pt").unlink()),
-    "segmentation without seeds": (SEGMENT, "run make_seeds.py", lambda data, run: shutil.rmtree(run / "seeds")),
+    "segmentation without seeds": (SEGMENT, "run make_seeds.py", lambda data, run: shutil.rmtree(run / "pseudo_masks")),
     "evaluation of nothing": (["eval.py", "--run", "NEW"], "run make_seeds.py", None),
     "evaluation without scores": ([*EVAL, "--sweep"], "scores/train_0000.npz", lambda data, run:
                                   (run / "scores/train_0000.npz").unlink()),

@@ -45,7 +45,7 @@ def parse_arguments():
                                      epilog="Flags without a default here take it from the table RECIPES in this file.")
     add = parser.add_argument
     add("--run", type=Path, help="folder of the results; default runs/DATA-BACKBONE")
-    add("--data", default="toy", help='"toy" or a folder in the layout of PASCAL VOC (default toy)')
+    add("--data", default="toy", help='"toy" or a folder in the layout of PASCAL VOC or MS COCO (default toy)')
     add("--download", action="store_true", help="fetch PASCAL VOC 2012 (2 GB) into --data first")
     add("--backbone", default="resnet50", choices=usage.BACKBONES, help="default resnet50")
     add("--weights", help='"imagenet", "none" or a state dict; pretrained CNNs keep their BatchNorm frozen')
@@ -145,10 +145,10 @@ def main():
 
     # ---- data
     if rank == 0:
-        data = usage.VocFolder(args.data, args.download)                        # draws or downloads: once
+        data = usage.open_data(args.data, args.download)                        # draws or downloads: once
     if world > 1:
         torch.distributed.barrier()
-    data = usage.VocFolder(args.data)
+    data = usage.open_data(args.data)
     split = "train_aug" if data.has_split("train_aug") else "train"
     colour = [v2.ColorJitter(0.3, 0.3, 0.3)] if args.photos else []             # OURS; on the toy, colour is a class's hint
     train_set = LabelledImages(data, split, v2.Compose([

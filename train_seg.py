@@ -89,7 +89,7 @@ def main():
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stages 1 and 2 (default runs/toy-resnet50)")
     add("--data", help="where the data lies now, if it has moved since stage 1")
-    add("--seeds", type=Path, help="folder of the label maps to learn from; 255 is ignored (default: seeds/ of the run)")
+    add("--seeds", type=Path, help="folder of label maps to learn from; 255 is ignored (default: what make_seeds.py left)")
     add("--epochs", type=int)
     add("--batch-size", type=int, help="over all processes; halve it when memory runs out")
     add("--lr", type=float, help="start of the polynomial schedule for the trunk; the new head gets 10 times that")
@@ -109,9 +109,10 @@ def main():
     if args.epochs < 1 or args.lr <= 0 or args.batch_size % world or args.batch_size < 2 * world:
         raise usage.InputError(f"--epochs and --lr must be positive, --batch-size a multiple of the {world} processes and "
                                "at least 2 for each")
-    data = usage.VocFolder(args.data or trained["data"])
+    data = usage.open_data(args.data or trained["data"])
     usage.check_classes(data, trained["classes"], args.run)
-    folder = args.seeds or args.run / "seeds"
+    made_with = None if args.seeds else usage.read_json(args.run / "seeds.json")
+    folder = args.seeds or args.run / ("pseudo_masks" if made_with["refine"] else "seeds")
     usage.refuse_truth(folder, data)
     ids = data.split(trained["split"])
     missing = [name for name in ids if not (folder / f"{name}.png").is_file()]
@@ -143,7 +144,7 @@ def main():
     path = args.run / "segmenter.pt"
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
                 "seeds": str(folder.resolve()), "data": str(data.root.resolve()), "classes": data.classes, "split": "val",
-                "seeds_made_with": None if args.seeds else usage.read_json(args.run / "seeds.json")}
+                "seeds_made_with": made_with}
     parts = {"segmenter": segmenter, "optimiser": optimiser, "schedule": schedule}
     state = {"epoch": 0, "seconds": 0.0} | usage.resume(path, settings, parts)
     epoch, seconds = state["epoch"], state["seconds"]
@@ -202,7 +203,7 @@ def main():
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        usage.save_contact_sheet(args.run / "segmentation.png", data, ids, args.run / "segmentation")
+        usage.save_contact_sheet(args.run / "segmentation.png", data, ids, [args.run / "segmentation"])
         print(f"\n{args.run / 'segmentation.png'} shows some\nnext: python eval.py --run {args.run}")
 
 
