@@ -1,18 +1,23 @@
 """Tests: the paper's formulas against slow loops, its special cases as equalities, the four stages as processes.
 
     python -m pytest -q test_usage.py
+    python test_usage.py                    speed and memory instead, in about ten minutes
 """
 
 import inspect
 import json
 import math
+import os
 import re
+import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -536,6 +541,101 @@ def test_download_of_voc(toy, tmp_path, monkeypatch):
         usage.VocFolder(tmp_path, download=True)
 
 
+def draw_coco(root, toy):
+    """A small COCO from the toy scenes: each critter an object, as polygons, or as runs, plain or compressed."""
+    data, categories = usage.VocFolder(toy), [7, 1, 90, 13, 44]         # with gaps and out of order, as COCO's are
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / f"{split}2014").mkdir()
+        images, annotations = [], []
+        for number, name in enumerate(data.split(split), start=1):
+            shutil.copy(data.images[name], root / f"{split}2014/COCO_{name}.jpg")
+            images.append({"id": number, "file_name": f"COCO_{name}.jpg", "height": 48, "width": 48})
+            mask = usage.read_mask(data.masks / f"{name}.png", None, 5).numpy()
+            for c, kind in zip(data.labels([name])[0].nonzero()[:, 0].tolist(), ("counts", "text", "boxes")):
+                inside = mask == c + 1
+                runs = {"size": [48, 48], "counts": slow_runs(inside)}
+                if kind == "text":
+                    runs["counts"] = slow_text(runs["counts"])
+                boxes = [[x, y, x + 1, y, x + 1, y + 1, x, y + 1] for y, x in np.argwhere(inside).tolist()]
+                annotations.append({"id": len(annotations), "image_id": number, "category_id": categories[c], "iscrowd": 0,
+                                    "area": int(inside.sum()), "segmentation": boxes if kind == "boxes" else runs})
+        images.append({"id": 99, "file_name": "COCO_empty.jpg", "height": 48, "width": 48})
+        Image.new("RGB", (48, 48)).save(root / f"{split}2014/COCO_empty.jpg")
+        names = [{"id": number, "name": f"{name}"} for number, name in zip(categories, data.classes)]
+        (root / f"annotations/instances_{split}2014.json").write_text(json.dumps(
+            {"info": {}, "images": images, "annotations": annotations, "categories": names}))
+    return root
+
+
+def slow_runs(mask):
+    """Run lengths down the columns, background first."""
+    runs, value = [0], False
+    for pixel in mask.T.flatten().tolist():
+        if pixel != value:
+            runs, value = [*runs, 0], pixel
+        runs[-1] += 1
+    return runs
+
+
+def slow_text(runs):
+    """COCO's compression of run lengths, after the description of its maskApi."""
+    text = ""
+    for k, value in enumerate(runs):
+        value -= runs[k - 2] if k > 2 else 0
+        while True:
+            digit, value = value & 31, value >> 5
+            more = value != (-1 if digit & 16 else 0)
+            text += chr(48 + digit + 32 * more)
+            if not more:
+                break
+    return text
+
+
+def test_coco_has_the_labels_and_masks_it_was_made_of(toy, tmp_path):
+    coco, voc = usage.open_data(draw_coco(tmp_path / "coco", toy)), usage.VocFolder(toy)
+    assert coco.classes == [voc.classes[k] for k in (1, 0, 3, 4, 2)]            # by category id: 1, 7, 13, 44, 90
+    assert len(coco.split("train")) == 8 and len(coco.split("val")) == 5        # the empty image only where it is scored
+    order = torch.tensor([0, 2, 1, 5, 3, 4])                                    # VOC's label -> COCO's
+    for split in ("train", "val"):
+        for name in voc.split(split):
+            expected = order[voc.mask(name).long()]
+            assert torch.equal(coco.mask(f"COCO_{name}", (48, 48)).long(), expected)
+            assert {c + 1 for c in coco.labels([f"COCO_{name}"])[0].nonzero()[:, 0].tolist()} == set(
+                expected.unique().tolist()) - {0}
+    assert (coco.mask("COCO_empty") == 0).all()
+    with pytest.raises(usage.InputError, match="48x48"):
+        coco.mask("COCO_empty", (48, 50))
+
+
+def test_coco_outlines(tmp_path):
+    expected = np.zeros((5, 7), bool)
+    expected[1:4, 2:5], expected[2, 3], expected[0, 6] = True, False, True
+    text = ";32NO0124NN"                                        # what pycocotools 2.0 makes of it
+    assert (usage.draw_outline({"counts": text, "size": [5, 7]}, 5, 7) == expected).all()
+    assert slow_text(slow_runs(expected)) == text
+    triangles = [[0, 0, 20, 0, 0, 20], [20, 20, 40, 20, 40, 40]]
+    y, x = np.mgrid[:40, :40] + 0.5                             # middles of the pixels
+    inside = (x + y < 20) | ((y > 20) & (x > y))
+    assert (usage.draw_outline(triangles, 40, 40) != inside).sum() <= 45        # those that the slopes cut
+
+
+def test_small_objects_lie_over_large_ones_and_crowds_are_void(toy, tmp_path):
+    root = draw_coco(tmp_path / "coco", toy)
+
+    def square(side):
+        return [[0, 0, side, 0, side, side, 0, side]]
+
+    def change(table):
+        table["annotations"] = [
+            {"image_id": 1, "category_id": category, "iscrowd": crowd, "area": side ** 2, "segmentation": outline}
+            for category, crowd, side, outline in ((1, 0, 10, square(10)), (7, 0, 30, square(30)), (
+                90, 1, 48, {"size": [48, 48], "counts": [0, 48 * 48]}))]
+    edited(root / "annotations/instances_train2014.json", change)
+    mask = usage.CocoFolder(root).mask("COCO_train_0000")
+    assert (mask[5, 5], mask[20, 20], mask[40, 40]) == (1, 2, usage.VOID)
+
+
 def test_palette_is_vocs():
     known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
     assert [tuple(colour) for colour in usage.voc_palette()[:5].tolist()] == known
@@ -552,6 +652,9 @@ def test_images_of_every_mode(tmp_path):
         image = usage.read_image(tmp_path / name)
         assert image.mode == "RGB" and image.size == (32, 16), name
         assert np.abs(np.asarray(image)[..., 0].astype(int) - grey).max() <= 12, name
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")  # 400 million pixels in a small file
+    with pytest.raises(usage.InputError, match="bomb.png: not readable"):
+        usage.read_image(tmp_path / "bomb.png")
     turned = Image.Exif()
     turned[0x0112] = 6                                          # the camera was turned by 90 degrees
     pictures["grey.png"].save(tmp_path / "turned.jpg", exif=turned)
@@ -643,6 +746,43 @@ def test_four_stages_of_a_transformer(toy, tmp_path):
     assert len(json.loads((tmp_path / "report.json").read_text())) == 3
 
 
+def test_four_stages_on_coco(toy, tmp_path):
+    coco, run = draw_coco(tmp_path / "coco", toy), tmp_path / "run"
+    stage("train_cls.py", "--data", coco, "--run", run, "--backbone", "mobilenet_v2", "--epochs", 1, *SMALL)
+    stage("make_seeds.py", "--run", run, "--scales", 1, "--workers", 1)
+    stage("train_seg.py", "--run", run, "--epochs", 1, "--batch-size", 4, "--workers", 0)
+    stage("eval.py", "--run", run, "--sweep")
+    report = json.loads((run / "report.json").read_text())
+    assert [entry["images"] for entry in report] == [8, 8, 8, 5]
+
+
+def test_photographs_without_labels(finished, tmp_path):
+    photos, run = tmp_path / "holiday", tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    photos.mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (60, 30)).save(photos / "turned.jpg", exif=turned)
+    Image.new("CMYK", (20, 50)).save(photos / "print.tiff")
+    Image.new("LA", (3, 2)).save(photos / "tiny.png")
+    for threshold, expected in ((0, 5), (1, 0)):                # every class, none
+        shutil.rmtree(run / "images-holiday", ignore_errors=True)
+        stage("make_seeds.py", "--run", run, "--images", photos, "--class-threshold", threshold, "--workers", 0)
+        labels = json.loads((run / "images-holiday/labels.json").read_text())
+        assert {name: len(names) for name, names in labels.items()} == dict.fromkeys(("print", "tiny", "turned"), expected)
+        for name, size in (("turned", (30, 60)), ("print", (20, 50)), ("tiny", (3, 2))):
+            assert Image.open(run / f"images-holiday/pseudo_masks/{name}.png").size == size
+    assert Image.open(run / "images-holiday/seeds.png").size[0] > 100
+
+
+def test_another_split_gets_predicted_labels(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    stage("make_seeds.py", "--run", run, "--split", "val", "--workers", 0)
+    assert "val, 4 images, predicted labels" in stage("eval.py", "--run", run / "val")
+    assert len(json.loads((run / "val/labels.json").read_text())) == 4
+
+
 def test_training_opens_no_mask(toy, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(toy, data)
@@ -652,25 +792,93 @@ def test_training_opens_no_mask(toy, tmp_path):
     stage("train_seg.py", "--run", tmp_path / "run", "--epochs", 1, "--batch-size", 4, "--workers", 0)
 
 
-def test_a_killed_training_ends_with_the_same_weights(toy, tmp_path):
-    command = [sys.executable, HERE / "train_cls.py", "--data", toy, "--backbone", "mobilenet_v2", "--epochs", 3, *SMALL]
+def start(*arguments, **how):
+    """Start a stage as a process of its own."""
+    return subprocess.Popen([sys.executable, *map(str, (HERE / arguments[0], *arguments[1:]))], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, **how)
+
+
+def wait_for(path, process):
+    while not path.exists():
+        time.sleep(0.01)
+        assert process.poll() is None, f"ended before {path}"
+
+
+def kill_when_there(path, *arguments):
+    process = start(*arguments)
+    wait_for(path, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("script, result", [("train_cls.py", "classifier.pt"), ("train_seg.py", "segmenter.pt")])
+def test_a_killed_training_ends_with_the_same_weights(script, result, finished, toy, tmp_path):
     states = []
-    for name, kill in (("whole", False), ("killed", True)):
+    for name in ("whole", "killed"):
         run = tmp_path / name
-        arguments = [str(part) for part in [*command, "--run", run]]
-        if kill:
-            process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-            while not (run / "classifier.pt").is_file():
-                time.sleep(0.01)
-                assert process.poll() is None, "ended before its first checkpoint"
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            assert usage.load_checkpoint(run / "classifier.pt", "")["epoch"] < 3
-        subprocess.run(arguments, check=True, capture_output=True)
-        states.append(usage.load_checkpoint(run / "classifier.pt", ""))
-    for part in ("student", "teacher"):
+        command = [script, "--run", run, "--epochs", 3]
+        if script == "train_cls.py":
+            command += ["--data", toy, "--backbone", "mobilenet_v2", *SMALL]
+        else:
+            shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("segment*"))
+            command += ["--batch-size", 4, "--workers", 0]
+        if name == "killed":
+            kill_when_there(run / result, *command)
+            assert usage.load_checkpoint(run / result, "")["epoch"] < 3
+        stage(*command)
+        states.append(usage.load_checkpoint(run / result, ""))
+    for part in {"student", "teacher", "segmenter"} & states[0].keys():
         assert all(torch.equal(states[0][part][key], states[1][part][key]) for key in states[0][part])
-    assert states[0]["running"] == states[1]["running"]
+    assert states[0].get("running") == states[1].get("running") and states[0]["epoch"] == 3
+
+
+def test_killed_seeds_end_as_the_same(finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(finished[0] / "classifier.pt", run)
+    command = ["make_seeds.py", "--run", run, "--scales", 1, 2, "--workers", 0]
+    kill_when_there(run / "seeds", *command)
+    stage(*command)
+    for folder in ("seeds", "pseudo_masks"):
+        assert digest(run / folder) == digest(finished[0] / folder)
+    assert not list(run.rglob(".partial-*"))
+
+
+def test_ctrl_c_says_how_to_go_on(toy, tmp_path):
+    process = start("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "mobilenet_v2", "--epochs", 1000,
+                    *SMALL, "--workers", 1, start_new_session=True)
+    wait_for(tmp_path / "classifier.pt", process)
+    os.killpg(process.pid, signal.SIGINT)                       # as a terminal does: to the loader's workers too
+    errors = process.communicate(timeout=60)[1].strip().splitlines()
+    assert process.returncode == 130 and errors[-1] == "train_cls.py: interrupted; run the same command again", errors
+
+
+def test_a_disk_that_fills_up(finished, toy, tmp_path):
+    """Files can grow to 1 MB only, less than a checkpoint has."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))
+    command = ["train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "mobilenet_v2", "--epochs", 50, *SMALL]
+    kill_when_there(tmp_path / "classifier.pt", *command)
+    before = (tmp_path / "classifier.pt").read_bytes()
+    process = start(*command, preexec_fn=limit)
+    errors = process.communicate(timeout=60)[1].strip().splitlines()
+    assert process.returncode == 2 and len(errors) == 1 and "make room" in errors[0], errors
+    assert (tmp_path / "classifier.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("script", ["train_cls.py", "train_seg.py"])
+def test_a_loss_that_is_not_finite_stops_the_run(script, finished, toy, tmp_path):
+    run, result = tmp_path / "run", "segmenter.pt"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("segment*"))
+    command = [script, "--run", run, "--epochs", 2, "--lr", 1e30, "--batch-size", 2, "--workers", 0]
+    if script == "train_cls.py":
+        run, result = tmp_path / "new", "classifier.pt"
+        command = [script, "--run", run, "--data", toy, "--backbone", "resnet18", "--weights", "none", "--size", 33,
+                   *command[3:]]
+    process = start(*command)
+    errors = process.communicate()[1].strip().splitlines()
+    assert process.returncode == 2 and re.search(r"step \d+: the loss is not finite .*lower --lr", errors[-1]), errors
+    assert not (run / result).exists()
 
 
 def test_seeds_continue_where_they_stopped(finished, tmp_path):
@@ -788,6 +996,12 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "evaluation of nothing": (["eval.py", "--run", "NEW"], "run make_seeds.py", None),
     "evaluation without scores": ([*EVAL, "--sweep"], "scores/train_0000.npz", lambda data, run:
                                   (run / "scores/train_0000.npz").unlink()),
+    "folder without photographs": ([*SEEDS[:3], "--images", "DATA/SegmentationClass/.."], "no image files", None),
+    "no folder of photographs": ([*SEEDS[:3], "--images", "nowhere"], "nowhere: no such folder", None),
+    "COCO without what it lists": ([*TRAIN, "--data", "DATA/coco"], "COCO_train_0000.jpg", lambda data, run: (
+        draw_coco(data / "coco", data), shutil.rmtree(data / "coco/train2014"))),
+    "COCO of something else": ([*TRAIN, "--data", "DATA/coco"], "not COCO's instances", lambda data, run: (
+        draw_coco(data / "coco", data), edited(data / "coco/annotations/instances_train2014.json", dict.clear))),
     "no checkpoint": (SEEDS, "classifier.pt", lambda data, run: (run / "classifier.pt").write_text("text")),
     "checkpoint of something else": (SEGMENT, "classifier.pt", lambda data, run: torch.save(
         {"weights": torch.zeros(3)}, run / "classifier.pt")),
@@ -846,3 +1060,95 @@ def test_a_folder_that_cannot_be_written_to(toy, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(HERE / "train_cls.py"), run_name="__main__")
     assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+# ---- Speed: `python test_usage.py` prints ratios, measured on an otherwise idle machine ------------------------------
+
+
+def timed(script, *arguments):
+    """Seconds and peak memory (MB) of a stage as a process."""
+    start = time.time()
+    process = subprocess.Popen([sys.executable, *map(str, (HERE / script, *arguments))], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, (script, arguments)
+    return time.time() - start, used.ru_maxrss / 1024
+
+
+def seconds_per_record(path, first, last):
+    """Seconds between two records of a .jsonl, of which each stands for ten steps or images, divided by their number."""
+    seconds = [json.loads(line)["seconds"] for line in path.read_text().splitlines()]
+    return (seconds[last] - seconds[first]) / (last - first) / 10
+
+
+def bare_step(steps=20):
+    """Seconds of forward, backward and optimiser step of ResNet-50 on a batch in memory."""
+    network = usage.build_network("resnet50", 5).to(memory_format=torch.channels_last).train()
+    optimiser = torch.optim.AdamW(network.parameters(), fused=True)
+    images = torch.randn(16, 3, 81, 81).contiguous(memory_format=torch.channels_last)
+    labels = torch.ones(16, 5)
+    for step in range(-3, steps):
+        if step == 0:
+            start = time.time()
+        with usage.fast_autocast(images.device):
+            s = network(images)
+        optimiser.zero_grad()
+        usage.generation_loss(s, labels, math.inf).backward()
+        optimiser.step()
+    return (time.time() - start) / steps
+
+
+@torch.no_grad()
+def bare_seed(scales, images=30):
+    """Seconds of the forwards that one toy image's seed takes, of images in memory."""
+    network = usage.build_network("resnet50", 5).to(memory_format=torch.channels_last).eval()
+    sides = [usage.fitting_size((81 * scale, 81 * scale), True) for scale in scales]
+    views = [torch.randn(2, 3, *side).contiguous(memory_format=torch.channels_last) for side in sides]
+    for number in range(-3, images):
+        if number == 0:
+            start = time.time()
+        with usage.fast_autocast(views[0].device):
+            [network(view) for view in views]
+    return (time.time() - start) / images
+
+
+def print_ratios(folder):
+    """Train, make seeds and evaluate on toy scenes, each beside the bare arithmetic."""
+    data, scales = usage.draw_toy(folder / "toy"), (0.5, 1.0, 1.5, 2.0)
+    few = usage.draw_toy(folder / "few", train=200, val=50)
+    train = ["train_cls.py", "--data", data, "--epochs", 2]
+    bare = [bare_step()]
+    timed(*train, "--run", folder / "cam", "--temperature", "inf", "--reg-weight", 0)
+    bare.append(bare_step())
+    timed(*train, "--run", folder / "usage")
+    step, cam, full = sum(bare) / 2, *(seconds_per_record(folder / name / "classifier.jsonl", 0, 9)
+                                       for name in ("cam", "usage"))
+    print(f"a step: bare {step:.3f} s, CAM {cam:.3f} s = {cam / step:.2f} x, USAGE {full:.3f} s = {full / cam:.2f} x CAM's")
+
+    forward = [bare_seed(scales)]
+    timed("make_seeds.py", "--run", folder / "cam", "--scales", *scales, "--no-refine")
+    forward.append(bare_seed(scales))
+    seed = seconds_per_record(folder / "cam/seeds.jsonl", 0, 79)
+    bare = sum(forward) / 2
+    print(f"a seed: bare {1e3 * bare:.1f} ms, make_seeds.py {1e3 * seed:.1f} ms = {seed / bare:.2f} x")
+
+    once, sweep = (min(timed("eval.py", "--run", folder / "cam", *flags)[0] for _ in range(3))
+                   for flags in ([], ["--sweep"]))
+    print(f"eval.py: one threshold {once:.2f} s, 101 {sweep:.2f} s = {sweep / once:.2f} x")
+
+    for name, root in (("few", few), ("many", data)):
+        run, peaks = folder / name, []
+        for stage_of in (["train_cls.py", "--data", root, "--epochs", 1, "--size", 33], ["make_seeds.py", "--scales", 0.5],
+                         ["train_seg.py", "--epochs", 1], ["eval.py", "--sweep"]):
+            peaks.append(timed(*stage_of, "--run", run)[1])
+        print(f"peak memory, {200 if name == 'few' else 800} images: " + ", ".join(f"{peak:.0f} MB" for peak in peaks))
+
+    seconds = {}
+    for modules in ("torch, torchvision", "usage"):
+        command = [sys.executable, "-c", f"import {modules}"]
+        seconds[modules] = min(timeit.repeat(lambda: subprocess.run(command, check=True, cwd=HERE), number=1, repeat=5))
+    print("import: " + ", ".join(f"{modules} {value:.2f} s" for modules, value in seconds.items()))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        print_ratios(Path(folder))

@@ -219,8 +219,9 @@ def main():
             if args.reg_weight:
                 with usage.fast_autocast(device), torch.no_grad():              # weakly adjusted: (B, C, h, w)
                     target = teacher.module(images) if adjusted else mirrored_activations(teacher.module, images)
-                alpha = usage.spatial_activation_distribution(s, args.reg_temperature)
-                target = usage.spatial_activation_distribution(target, args.teacher_temperature)
+                unit = target.float().std((2, 3), keepdim=True).clamp_min(1e-3)  # OURS: the teacher's deviation, (B, C, 1, 1)
+                alpha = usage.spatial_activation_distribution(s / unit, args.reg_temperature)
+                target = usage.spatial_activation_distribution(target / unit, args.teacher_temperature)
                 regularization = usage.consistency_loss(alpha, target, labels)
                 if world > 1:                                                   # a mean over the pairs of all processes
                     pairs = labels.sum()

@@ -710,10 +710,11 @@ def draw_outline(outline, height, width):
     the length two before. Format: COCO's maskApi.
     """
     if isinstance(outline, list):
-        canvas = Image.new("1", (width, height))
+        fine = 4                                                    # drawn larger: Pillow's polygons include their edges
+        canvas = Image.new("L", (fine * width, fine * height))
         for polygon in outline:
-            ImageDraw.Draw(canvas).polygon([(x - 0.5, y - 0.5) for x, y in zip(polygon[::2], polygon[1::2])], fill=1)
-        return np.array(canvas)
+            ImageDraw.Draw(canvas).polygon([(fine * x, fine * y) for x, y in zip(polygon[::2], polygon[1::2])], fill=255)
+        return np.array(canvas.reduce(fine)) > 127
     runs = outline["counts"]
     if isinstance(runs, str):
         text, runs, value, shift = runs, [], 0, 0
@@ -1082,10 +1083,11 @@ class Log:
 
     def line(self, done, **values):
         """done: images so far, out of total. Floats get four digits. Returns the line."""
-        rate = (done - self.first) / max(time.time() - self.start, 1e-9)
+        seconds = time.time() - self.start
+        rate = (done - self.first) / max(seconds, 1e-9)
         left = (self.total - done) / max(rate, 1e-9)
         with self.path.open("a") as file:
-            file.write(json.dumps({**values, "images_per_s": round(rate, 1)}) + "\n")
+            file.write(json.dumps({**values, "images_per_s": round(rate, 1), "seconds": round(seconds, 2)}) + "\n")
         shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in values.items())
         return f"{shown}  {rate:.1f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
