@@ -1142,6 +1142,12 @@ def print_ratios(folder):
             peaks.append(timed(*stage_of, "--run", run)[1])
         print(f"peak memory, {200 if name == 'few' else 800} images: " + ", ".join(f"{peak:.0f} MB" for peak in peaks))
 
+    before = time.time()
+    process = start("train_cls.py", cwd=folder)
+    wait_for(folder / "runs/toy-resnet50/classifier.jsonl", process)
+    print(f"train_cls.py on the toy: the first ten steps are done after {time.time() - before:.1f} s, drawing included")
+    process.kill()
+
     seconds = {}
     for modules in ("torch, torchvision", "usage"):
         command = [sys.executable, "-c", f"import {modules}"]

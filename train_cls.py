@@ -161,7 +161,7 @@ def main():
         raise usage.InputError(f"--batch-size {args.batch_size}: {split} has {len(train_set)} images; pass fewer")
     if rank == 0:
         print(f"{data.root}: {len(train_set)} images of {split}"
-              + ("" if split == "train_aug" or not args.photos else " (there is no train_aug.txt)")
+              + (" (there is no train_aug.txt)" if split == "train" and data.masks and args.photos else "")
               + f", {len(data.classes)} classes; {args.backbone} on {device} x {world}, run folder {args.run}")
 
     # ---- student, teacher, optimiser
@@ -219,7 +219,7 @@ def main():
             if args.reg_weight:
                 with usage.fast_autocast(device), torch.no_grad():              # weakly adjusted: (B, C, h, w)
                     target = teacher.module(images) if adjusted else mirrored_activations(teacher.module, images)
-                unit = target.float().std((2, 3), keepdim=True).clamp_min(1e-3)  # OURS: the teacher's deviation, (B, C, 1, 1)
+                unit = target.float().std((2, 3), keepdim=True).clamp_min(1e-3)   # OURS: the teacher's deviation
                 alpha = usage.spatial_activation_distribution(s / unit, args.reg_temperature)
                 target = usage.spatial_activation_distribution(target / unit, args.teacher_temperature)
                 regularization = usage.consistency_loss(alpha, target, labels)

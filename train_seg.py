@@ -39,7 +39,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.network, self.align_corners = network, network.align_corners
         self.network.classifier = nn.Identity()
-        self.head = DeepLabHead(network.channels, num_classes + 1)
+        self.head = DeepLabHead(network.channels, num_classes + 1, atrous_rates=(6, 12, 18))    # DeepLab's at stride 16
 
     def forward(self, images):
         return self.head(self.network.features(images))

@@ -622,28 +622,28 @@ class CocoFolder:
 
     def labels(self, ids):
         """Image-level labels: (len(ids), C), float32 in {0, 1}. A crowd is an object like others."""
-        known = {name: labels for split in ("train", "val") if self.has_split(split)
-                 for name, labels in self.table(split)["labels"].items()}
         labels = torch.zeros(len(ids), len(self.classes))
         for row, name in zip(labels, ids):
-            row[list(known[name])] = 1
+            row[list(self.table(self.home(name))["labels"][name])] = 1
         return labels
+
+    def home(self, name):
+        """The split that an id belongs to."""
+        return "train" if name in self.table("train")["labels"] else "val"
 
     def mask(self, name, size=None):
         """The true mask of an image, drawn from its outlines: small objects over large ones, crowds void."""
-        split = next((split for split in ("val", "train") if self.has_split(split)
-                      and name in self.table(split)["labels"]), "train")
-        shape, objects = self.table(split, outlines=True)["outlines"].get(name, (size, []))
+        path = self.annotations(self.home(name))
+        shape, objects = self.table(self.home(name), outlines=True)["outlines"][name]
         if size is not None and tuple(shape) != tuple(size):
-            raise InputError(f"{self.annotations(split)}: {name} is {shape[1]}x{shape[0]}, the file {size[1]}x{size[0]}; "
+            raise InputError(f"{path}: {name} is {shape[1]}x{shape[0]}, the file {size[1]}x{size[0]}; "
                              "take COCO's own photographs")
         mask = np.zeros(shape, np.uint8)
         for crowd, _, c, outline in sorted(objects, key=lambda entry: (not entry[0], -entry[1])):
             try:
                 mask[draw_outline(outline, *shape)] = VOID if crowd else c + 1
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise InputError(f"{self.annotations(split)}: an outline of {name} cannot be drawn ({error}); fetch the "
-                                 "file again") from error
+                raise InputError(f"{path}: an outline of {name} cannot be drawn ({error}); fetch it again") from error
         return torch.from_numpy(mask)
 
     def table(self, split, outlines=False):
