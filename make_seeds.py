@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import usage
 
@@ -30,20 +30,6 @@ import usage
 SCALES = {"cnn": (1.0, 1.5, 2.0), "transformer": (0.75, 1.0, 1.25)}
 THRESHOLD = 0.4                     # OURS: a round number in the middle; eval.py --sweep tells what others give
 UNCERTAIN = 0.08                    # OURS: refined scores this near to the threshold become void
-
-
-class Photographs(Dataset):
-    """Image (3, H, W), labels (C,), all 1 where none are given, and the id."""
-
-    def __init__(self, data, ids, labels=None):
-        self.ids, self.paths = ids, [data.images[name] for name in ids]
-        self.labels = torch.ones(len(ids), len(data.classes)) if labels is None else labels
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        return usage.TO_TENSOR(usage.read_image(self.paths[index])), self.labels[index], self.ids[index]
 
 
 def threshold_levels(levels, present, threshold):
@@ -129,7 +115,7 @@ def main():
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of them are there")
     log = usage.Log(folder / "seeds.jsonl", len(todo))
-    images = Photographs(data, todo, None if predicted else data.labels(todo))
+    images = usage.Photographs(data, todo, None if predicted else data.labels(todo))
     for done, (image, labels, name) in enumerate(DataLoader(images, batch_size=None, num_workers=args.workers), start=1):
         image, size = image[None].to(device), image.shape[-2:]                      # (1, 3, H, W)
         base = [side * trained["size"] / max(size) for side in size]

@@ -46,10 +46,10 @@ class Segmenter(nn.Module):
 
 
 class SeedMasks(Dataset):
-    """Image (3, size, size) and its seed (size, size), cut and coloured at random."""
+    """Image (3, size, size) and its seed (size, size), cut and coloured at random: by seed, epoch and index alone."""
 
-    def __init__(self, data, ids, folder, size, jitter):
-        self.data, self.ids, self.folder = data, ids, folder
+    def __init__(self, data, ids, folder, size, jitter, seed):
+        self.data, self.ids, self.folder, self.seed, self.epoch = data, ids, folder, seed, 0
         colour = [v2.ColorJitter(0.3, 0.3, 0.3)] if jitter else []
         self.transform = v2.Compose([v2.RandomResizedCrop(size, scale=(0.4, 1.0)),
                                      v2.RandomHorizontalFlip(), *colour])
@@ -61,25 +61,24 @@ class SeedMasks(Dataset):
         name = self.ids[index]
         image = usage.read_image(self.data.images[name])
         seed = usage.read_mask(self.folder / f"{name}.png", image.size[::-1], len(self.data.classes))
-        image, seed = self.transform(image, tv_tensors.Mask(seed))
+        with usage.random_numbers(self.seed, self.epoch, index):
+            image, seed = self.transform(image, tv_tensors.Mask(seed))
         return usage.TO_TENSOR(image), torch.as_tensor(seed).long()
 
 
 @torch.no_grad()
-def predict(segmenter, data, ids, size, folder, device, log):
-    """Write the label map of every image whose PNG is not there yet; scales and flips voted by probability."""
+def predict(segmenter, loader, size, folder, device, log):
+    """Write the label map of every image; scales and flips voted by probability."""
     segmenter.eval()
-    for done, name in enumerate(ids, start=1):
-        if (folder / f"{name}.png").is_file():
-            continue
-        image = usage.TO_TENSOR(usage.read_image(data.images[name]))[None].to(device)   # (1, 3, H, W)
+    for done, (image, _, name) in enumerate(loader, start=1):
+        image = image[None].to(device)                                              # (1, 3, H, W)
         base = [side * size / max(image.shape[-2:]) for side in image.shape[-2:]]
         with usage.fast_autocast(device):
             logits = usage.multi_scale_activations(segmenter, image, base, SCALES, flip=True)
         votes = sum(F.interpolate(s.float(), image.shape[-2:], mode="bilinear", align_corners=segmenter.align_corners)
                     .softmax(1) for s in logits)                                    # (1, C + 1, H, W)
         usage.save_mask(folder / f"{name}.png", votes.argmax(1)[0].cpu())
-        if log and (done % 10 == 0 or done == len(ids)):
+        if log and (done % 10 == 0 or done == len(loader)):
             print("\r" + log.line(done, predicted=done), end="  ", flush=True)
 
 
@@ -90,6 +89,7 @@ def main():
     add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stages 1 and 2 (default runs/toy-resnet50)")
     add("--data", help="where the data lies now, if it has moved since stage 1")
     add("--seeds", type=Path, help="folder of label maps to learn from; 255 is ignored (default: what make_seeds.py left)")
+    add("--weights", help='start from "imagenet", "none" or a state dict, instead of from the classifier')
     add("--epochs", type=int)
     add("--batch-size", type=int, help="over all processes; halve it when memory runs out")
     add("--lr", type=float, help="start of the polynomial schedule for the trunk; the new head gets 10 times that")
@@ -118,7 +118,7 @@ def main():
     missing = [name for name in ids if not (folder / f"{name}.png").is_file()]
     if missing:
         raise usage.InputError(f"{folder / missing[0]}.png: no such seed; run make_seeds.py --run {args.run} to its end")
-    train_set = SeedMasks(data, ids, folder, trained["size"], jitter=photos)
+    train_set = SeedMasks(data, ids, folder, trained["size"], photos, args.seed)
     sampler = DistributedSampler(train_set, world, rank, seed=args.seed, drop_last=True)
     loader = DataLoader(train_set, args.batch_size // world, sampler=sampler, num_workers=args.workers, drop_last=True,
                         pin_memory=device.type == "cuda")
@@ -130,7 +130,9 @@ def main():
 
     # ---- network and optimiser
     torch.manual_seed(args.seed)
-    frozen = trained["weights"] != "none" and kind == "cnn"                     # BatchNorm of the trunk, as in stage 1
+    frozen = (args.weights or trained["weights"]) != "none" and kind == "cnn"   # BatchNorm of the trunk, as in stage 1
+    if args.weights:
+        network = usage.build_network(trained["backbone"], len(data.classes), args.weights)
     if frozen:
         usage.freeze_batchnorm(network)
     segmenter = Segmenter(network, len(data.classes)).to(device, memory_format=torch.channels_last)
@@ -143,8 +145,8 @@ def main():
     # ---- resume
     path = args.run / "segmenter.pt"
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
-                "seeds": str(folder.resolve()), "data": str(data.root.resolve()), "classes": data.classes, "split": "val",
-                "seeds_made_with": made_with}
+                "weights": args.weights, "seeds": str(folder.resolve()), "data": str(data.root.resolve()),
+                "classes": data.classes, "split": "val", "seeds_made_with": made_with}
     parts = {"segmenter": segmenter, "optimiser": optimiser, "schedule": schedule}
     state = {"epoch": 0, "seconds": 0.0} | usage.resume(path, settings, parts)
     epoch, seconds = state["epoch"], state["seconds"]
@@ -158,6 +160,7 @@ def main():
         start = time.time()
         torch.manual_seed(hash((args.seed, epoch, rank)))                       # an epoch done again is the same epoch
         sampler.set_epoch(epoch)
+        train_set.epoch = epoch
         segmenter.train()
         if frozen:
             usage.freeze_batchnorm(segmenter.network)
@@ -168,8 +171,10 @@ def main():
                 logits = ddp(images)                                            # (B, C + 1, h, w)
             logits = F.interpolate(logits.float(), seeds.shape[-2:], mode="bilinear",
                                    align_corners=segmenter.align_corners)       # (B, C + 1, H, W)
-            counted = (seeds != usage.VOID).sum().clamp_min(1)
-            loss = F.cross_entropy(logits, seeds, ignore_index=usage.VOID, reduction="sum") / counted
+            counted = (seeds != usage.VOID).sum() / world
+            if world > 1:
+                torch.distributed.all_reduce(counted)                           # a mean over the pixels of all processes
+            loss = F.cross_entropy(logits, seeds, ignore_index=usage.VOID, reduction="sum") / counted.clamp_min(1)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -197,9 +202,10 @@ def main():
     if rank == 0:
         print(f"\ntrained in {seconds / 60:.1f} min; labelling {len(ids)} images of val")
         usage.record_settings(args.run / "segmentation.json", settings, "segmentation/")
-    mine = ids[rank::world]
-    log = usage.Log(args.run / "segmentation.jsonl", len(mine)) if rank == 0 else None
-    predict(segmenter, data, mine, trained["size"], args.run / "segmentation", device, log)
+    todo = [name for name in ids[rank::world] if not (args.run / f"segmentation/{name}.png").is_file()]
+    log = usage.Log(args.run / "segmentation.jsonl", len(todo)) if rank == 0 else None
+    images = DataLoader(usage.Photographs(data, todo), batch_size=None, num_workers=args.workers)
+    predict(segmenter, images, trained["size"], args.run / "segmentation", device, log)
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:

@@ -702,6 +702,20 @@ class PhotoFolder:
         return list(self.images)
 
 
+class Photographs(torch.utils.data.Dataset):
+    """Image (3, H, W), labels (C,), all 1 where none are given, and the id."""
+
+    def __init__(self, data, ids, labels=None):
+        self.ids, self.paths = ids, [data.images[name] for name in ids]
+        self.labels = torch.ones(len(ids), len(data.classes)) if labels is None else labels
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return TO_TENSOR(read_image(self.paths[index])), self.labels[index], self.ids[index]
+
+
 def draw_outline(outline, height, width):
     """An object of COCO's as (H, W) bool: a list of polygons [x, y, x, y, ...], or runs {"counts": ..., "size": [H, W]}.
 
