@@ -661,6 +661,16 @@ def test_images_of_every_mode(tmp_path):
     assert usage.read_image(tmp_path / "turned.jpg").size == (16, 32)
 
 
+def test_a_checkpoint_is_never_executed(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+    torch.save({"student": Hostile()}, tmp_path / "classifier.pt")
+    with pytest.raises(usage.InputError, match="not readable as a checkpoint"):
+        usage.load_checkpoint(tmp_path / "classifier.pt", "")
+    assert not (tmp_path / "executed").exists()
+
+
 def test_no_partial_file_has_the_final_name(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("before")
@@ -687,7 +697,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, capsys):
 # ---- The four stages -------------------------------------------------------------------------------------------------
 
 TORCHRUN = ["-m", "torch.distributed.run", "--master-port", 29531, "--nproc-per-node", 2, "--"]
-SMALL = ["--weights", "none", "--size", "33", "--batch-size", "4", "--workers", "0"]
+SMALL = ["--weights", "none", "--size", "33", "--batch-size", "4", "--workers", "0", "--reg-epochs", "0"]
+BOTH = ["--epochs", "1", *SMALL, "--reg-epochs", "1"]          # an epoch without L_REG, an epoch with it
 
 
 def stage(script, *arguments, launcher=()):
@@ -702,7 +713,7 @@ def stage(script, *arguments, launcher=()):
 def finished(toy, tmp_path_factory):
     """A run folder after all four stages, and what they printed."""
     run = tmp_path_factory.mktemp("runs") / "mobilenet"
-    printed = [stage("train_cls.py", "--data", toy, "--run", run, "--backbone", "mobilenet_v2", "--epochs", 2, *SMALL),
+    printed = [stage("train_cls.py", "--data", toy, "--run", run, "--backbone", "mobilenet_v2", *BOTH),
                stage("make_seeds.py", "--run", run, "--scales", 1, 2, "--workers", 1),
                stage("train_seg.py", "--run", run, "--epochs", 1, "--batch-size", 4, "--workers", 0),
                stage("eval.py", "--run", run, "--sweep")]
@@ -739,7 +750,7 @@ def test_four_stages_of_a_cnn(finished, toy):
 
 
 def test_four_stages_of_a_transformer(toy, tmp_path):
-    stage("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "deit_tiny", "--epochs", 1, *SMALL)
+    stage("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "deit_tiny", *BOTH)
     stage("make_seeds.py", "--run", tmp_path, "--scales", 1, "--workers", 0)
     stage("train_seg.py", "--run", tmp_path, "--epochs", 1, "--batch-size", 4, "--workers", 0)
     stage("eval.py", "--run", tmp_path)
@@ -816,12 +827,12 @@ def test_a_killed_training_ends_with_the_same_weights(script, result, finished, 
     states = []
     for name in ("whole", "killed"):
         run = tmp_path / name
-        command = [script, "--run", run, "--epochs", 3]
+        command = [script, "--run", run]
         if script == "train_cls.py":
-            command += ["--data", toy, "--backbone", "mobilenet_v2", *SMALL]
+            command += ["--data", toy, "--backbone", "mobilenet_v2", *BOTH, "--reg-epochs", 2]
         else:
             shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("segment*"))
-            command += ["--batch-size", 4, "--workers", 0]
+            command += ["--epochs", 3, "--batch-size", 4, "--workers", 0]
         if name == "killed":
             kill_when_there(run / result, *command)
             assert usage.load_checkpoint(run / result, "")["epoch"] < 3
@@ -874,7 +885,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, finished, toy, tmp_path
     if script == "train_cls.py":
         run, result = tmp_path / "new", "classifier.pt"
         command = [script, "--run", run, "--data", toy, "--backbone", "resnet18", "--weights", "none", "--size", 33,
-                   *command[3:]]
+                   "--reg-epochs", 0, *command[3:]]
     process = start(*command)
     errors = process.communicate()[1].strip().splitlines()
     assert process.returncode == 2 and re.search(r"step \d+: the loss is not finite .*lower --lr", errors[-1]), errors
@@ -916,8 +927,8 @@ def test_two_processes_give_the_losses_of_one(backbone, toy, tmp_path):
         torch.save(torchvision.models.get_model(backbone).state_dict(), weights)
     for number in (1, 2):
         stage(script, "--data", toy, "--run", tmp_path / str(number), "--backbone", backbone, "--weights", weights,
-              "--size", 33, "--batch-size", 4, "--workers", number - 1, "--epochs", 5, "--max-rate", 0, "--lr", 1e-4,
-              "--no-adaptive", "--reg-temperature", 0.2, "--teacher-temperature", 0.1,
+              "--size", 33, "--batch-size", 4, "--workers", number - 1, "--epochs", 0, "--reg-epochs", 5, "--max-rate", 0,
+              "--lr", 1e-4, "--reg-temperature", 0.2, "--teacher-temperature", 0.1,
               launcher=[*TORCHRUN[:-2], number, "--"])
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 1 and one[0][1] > 0                      # a record every tenth step
@@ -927,8 +938,8 @@ def test_two_processes_give_the_losses_of_one(backbone, toy, tmp_path):
 @pytest.mark.parametrize("flags", [["--attention"], ["--no-adaptive"], ["--views", "geometric"]])
 def test_rows_of_the_ablation(flags, toy, tmp_path):
     run = ["train_cls.py", "--data", toy, "--backbone", "deit_tiny", *SMALL, "--run"]
-    stage(*run, tmp_path / "plain", "--epochs", 3)
-    stage(*run, tmp_path / "other", "--epochs", 3, *flags)
+    stage(*run, tmp_path / "plain", "--epochs", 1, "--reg-epochs", 2)
+    stage(*run, tmp_path / "other", "--epochs", 1, "--reg-epochs", 2, *flags)
     plain, other = (usage.load_checkpoint(tmp_path / name / "classifier.pt", "") for name in ("plain", "other"))
     assert plain["running"] != other["running"]
 
@@ -979,6 +990,10 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
         truncated(first_image(data)), (run / "segmenter.pt").unlink())),
     "unknown label": (TRAIN, "'unicorn'", lambda data, run: edited(
         data / "labels.json", lambda table: table["train_0000"].append("unicorn"))),
+    "labels of another shape": (TRAIN, "train_0000 has no list", lambda data, run: (data / "labels.json").write_text(
+        '["striped"]')),
+    "label that is no name": (TRAIN, "unknown class", lambda data, run: edited(
+        data / "labels.json", lambda table: table["train_0000"].append(["striped"]))),
     "image without labels": (TRAIN, "train_0000", lambda data, run: edited(
         data / "labels.json", lambda table: table.pop("train_0000"))),
     "broken labels": (TRAIN, "labels.json", lambda data, run: (data / "labels.json").write_text("{")),
@@ -1002,6 +1017,7 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
         draw_coco(data / "coco", data), shutil.rmtree(data / "coco/train2014"))),
     "COCO of something else": ([*TRAIN, "--data", "DATA/coco"], "not COCO's instances", lambda data, run: (
         draw_coco(data / "coco", data), edited(data / "coco/annotations/instances_train2014.json", dict.clear))),
+    "learning rate that is no number": ([*SEGMENT, "--lr", "nan"], "--lr must be positive", None),
     "no checkpoint": (SEEDS, "classifier.pt", lambda data, run: (run / "classifier.pt").write_text("text")),
     "checkpoint of something else": (SEGMENT, "classifier.pt", lambda data, run: torch.save(
         {"weights": torch.zeros(3)}, run / "classifier.pt")),
@@ -1065,13 +1081,13 @@ def test_a_folder_that_cannot_be_written_to(toy, tmp_path, monkeypatch, capsys):
 # ---- Speed: `python test_usage.py` prints ratios, measured on an otherwise idle machine ------------------------------
 
 
-def timed(script, *arguments):
-    """Seconds and peak memory (MB) of a stage as a process."""
-    start = time.time()
-    process = subprocess.Popen([sys.executable, *map(str, (HERE / script, *arguments))], stdout=subprocess.DEVNULL)
+def timed(folder, *arguments):
+    """Seconds and peak memory (MB) of a stage as a process in a folder."""
+    before = time.time()
+    process = start(*arguments, cwd=folder)
     _, status, used = os.wait4(process.pid, 0)
-    assert status == 0, (script, arguments)
-    return time.time() - start, used.ru_maxrss / 1024
+    assert status == 0, process.stderr.read()
+    return time.time() - before, used.ru_maxrss / 1024
 
 
 def seconds_per_record(path, first, last):
@@ -1113,46 +1129,45 @@ def bare_seed(scales, images=30):
 
 def print_ratios(folder):
     """Train, make seeds and evaluate on toy scenes, each beside the bare arithmetic."""
-    data, scales = usage.draw_toy(folder / "toy"), (0.5, 1.0, 1.5, 2.0)
-    few = usage.draw_toy(folder / "few", train=200, val=50)
-    train = ["train_cls.py", "--data", data, "--epochs", 2]
-    bare = [bare_step()]
-    timed(*train, "--run", folder / "cam", "--temperature", "inf", "--reg-weight", 0)
-    bare.append(bare_step())
-    timed(*train, "--run", folder / "usage")
-    step, cam, full = sum(bare) / 2, *(seconds_per_record(folder / name / "classifier.jsonl", 0, 9)
-                                       for name in ("cam", "usage"))
-    print(f"a step: bare {step:.3f} s, CAM {cam:.3f} s = {cam / step:.2f} x, USAGE {full:.3f} s = {full / cam:.2f} x CAM's")
-
-    forward = [bare_seed(scales)]
-    timed("make_seeds.py", "--run", folder / "cam", "--scales", *scales, "--no-refine")
-    forward.append(bare_seed(scales))
-    seed = seconds_per_record(folder / "cam/seeds.jsonl", 0, 79)
-    bare = sum(forward) / 2
-    print(f"a seed: bare {1e3 * bare:.1f} ms, make_seeds.py {1e3 * seed:.1f} ms = {seed / bare:.2f} x")
-
-    once, sweep = (min(timed("eval.py", "--run", folder / "cam", *flags)[0] for _ in range(3))
-                   for flags in ([], ["--sweep"]))
-    print(f"eval.py: one threshold {once:.2f} s, 101 {sweep:.2f} s = {sweep / once:.2f} x")
-
-    for name, root in (("few", few), ("many", data)):
-        run, peaks = folder / name, []
-        for stage_of in (["train_cls.py", "--data", root, "--epochs", 1, "--size", 33], ["make_seeds.py", "--scales", 0.5],
-                         ["train_seg.py", "--epochs", 1], ["eval.py", "--sweep"]):
-            peaks.append(timed(*stage_of, "--run", run)[1])
-        print(f"peak memory, {200 if name == 'few' else 800} images: " + ", ".join(f"{peak:.0f} MB" for peak in peaks))
-
     before = time.time()
     process = start("train_cls.py", cwd=folder)
     wait_for(folder / "runs/toy-resnet50/classifier.jsonl", process)
     print(f"train_cls.py on the toy: the first ten steps are done after {time.time() - before:.1f} s, drawing included")
     process.kill()
 
+    train = [folder, "train_cls.py", "--epochs", 0, "--reg-epochs", 2]
+    bare = [bare_step()]
+    timed(*train, "--run", "cam", "--reg-weight", 0)
+    bare.append(bare_step())
+    timed(*train, "--run", "usage")
+    step, cam, full = sum(bare) / 2, *(seconds_per_record(folder / name / "classifier.jsonl", 0, 9)
+                                       for name in ("cam", "usage"))
+    print(f"a step: bare {step:.3f} s, CAM {cam:.3f} s = {cam / step:.2f} x, USAGE {full:.3f} s = {full / cam:.2f} x CAM's")
+
+    scales = 0.5, 1.0, 1.5, 2.0
+    forward = [bare_seed(scales)]
+    timed(folder, "make_seeds.py", "--run", "cam", "--scales", *scales, "--no-refine")
+    forward.append(bare_seed(scales))
+    seed = seconds_per_record(folder / "cam/seeds.jsonl", 0, 79)
+    bare = sum(forward) / 2
+    print(f"a seed: bare {1e3 * bare:.1f} ms, make_seeds.py {1e3 * seed:.1f} ms = {seed / bare:.2f} x")
+
+    once, sweep = (min(timed(folder, "eval.py", "--run", "cam", *flags)[0] for _ in range(3))
+                   for flags in ([], ["--sweep"]))
+    print(f"eval.py: one threshold {once:.2f} s, 101 {sweep:.2f} s = {sweep / once:.2f} x")
+
+    usage.draw_toy(folder / "few", train=200, val=50)
+    for name, data in (("few", "few"), ("many", "data/toy")):
+        train = ["train_cls.py", "--data", data, "--weights", "none", "--epochs", 1, "--reg-epochs", 0, "--size", 33]
+        peaks = [timed(folder, *command, "--run", name)[1] for command in (
+            train, ["make_seeds.py", "--scales", 0.5], ["train_seg.py", "--epochs", 1], ["eval.py", "--sweep"])]
+        print(f"peak memory of the four stages, {name} images: " + ", ".join(f"{peak:.0f} MB" for peak in peaks))
+
     seconds = {}
     for modules in ("torch, torchvision", "usage"):
         command = [sys.executable, "-c", f"import {modules}"]
         seconds[modules] = min(timeit.repeat(lambda: subprocess.run(command, check=True, cwd=HERE), number=1, repeat=5))
-    print("import: " + ", ".join(f"{modules} {value:.2f} s" for modules, value in seconds.items()))
+    print("import: " + ", ".join(f"{modules} {value:.2f} s" for modules, value in seconds.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,17 +26,17 @@ import usage
 # rule "CNN: large temperature, Transformer: small temperature" (PAPER). "toy" is trained from scratch.
 RECIPES = {
     ("cnn", "toy"): dict(
-        temperature=30.0, reg_weight=0.3, reg_temperature=10.0, teacher_temperature=5.0, max_rate=0.1,
-        weights="none", size=81, epochs=8, batch_size=16, lr=1e-3, weight_decay=0.05),
+        temperature=math.inf, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=0.7, max_rate=0.2,
+        weights="none", size=81, epochs=6, reg_epochs=2, batch_size=16, lr=1e-3, weight_decay=0.05),
     ("transformer", "toy"): dict(
         temperature=0.5, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=1.0, max_rate=0.2,
-        weights="none", size=160, epochs=8, batch_size=16, lr=1e-3, weight_decay=0.05),
+        weights="none", size=160, epochs=0, reg_epochs=8, batch_size=16, lr=1e-3, weight_decay=0.05),
     ("cnn", "photos"): dict(
-        temperature=30.0, reg_weight=0.3, reg_temperature=10.0, teacher_temperature=5.0, max_rate=0.1,
-        weights="imagenet", size=225, epochs=4, batch_size=16, lr=1e-4, weight_decay=0.05),
+        temperature=math.inf, reg_weight=1.0, reg_temperature=1.0, teacher_temperature=0.4, max_rate=0.1,
+        weights="imagenet", size=225, epochs=4, reg_epochs=2, batch_size=16, lr=1e-4, weight_decay=0.05),
     ("transformer", "photos"): dict(                            # not measured: no pretrained DeiT was at hand
         temperature=0.5, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=1.0, max_rate=0.2,
-        weights="imagenet", size=224, epochs=10, batch_size=32, lr=1e-4, weight_decay=0.05),
+        weights="imagenet", size=224, epochs=0, reg_epochs=10, batch_size=32, lr=1e-4, weight_decay=0.05),
 }
 
 
@@ -62,7 +62,8 @@ def parse_arguments():
         help="what differs in L_REG: the networks (default), or the images: the teacher sees them mirrored and smaller")
     add("--teacher-decay", type=float, default=0.99, help="of the moving average, per step (default 0.99)")
     add("--size", type=int, help="side of the training crops; best 16k+1 for CNNs, 16k for Transformers")
-    add("--epochs", type=int)
+    add("--epochs", type=int, help="first, L_GEN alone")
+    add("--reg-epochs", type=int, help="then, L_GEN + lambda * L_REG, at half the learning rate if there was a first")
     add("--batch-size", type=int, help="over all processes; halve it when memory runs out")
     add("--lr", type=float, help="peak of the one-cycle schedule; the classifier on a pretrained trunk gets 10 times that")
     add("--weight-decay", type=float)
@@ -83,10 +84,12 @@ def parse_arguments():
 def check_arguments(args):
     for flag, low, high in (("temperature", 0, math.inf), ("reg_weight", 0, math.inf), ("reg_temperature", 0, math.inf),
                             ("teacher_temperature", 0, math.inf), ("max_rate", 0, 1), ("weak_ratio", 0, 1),
-                            ("teacher_decay", 0, 1), ("size", 16, 10**5), ("epochs", 1, 10**6), ("batch_size", 1, 10**6),
-                            ("lr", 0, math.inf), ("weight_decay", 0, math.inf)):
+                            ("teacher_decay", 0, 1), ("size", 16, 10**5), ("epochs", 0, 10**6), ("reg_epochs", 0, 10**6),
+                            ("batch_size", 1, 10**6), ("lr", 0, math.inf), ("weight_decay", 0, math.inf)):
         if not low <= getattr(args, flag) <= high:
             raise usage.InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: pass {low} to {high}")
+    if not args.epochs + args.reg_epochs:
+        raise usage.InputError("--epochs 0 and --reg-epochs 0: nothing to train; pass more")
     if args.attention and args.backbone in usage.CNNS:
         raise usage.InputError(f"--attention: {args.backbone} has no class token; pass a deit as --backbone")
 
@@ -118,6 +121,11 @@ def mirrored_activations(network, images):
     view = F.interpolate(images.flip(-1), size, mode="bilinear", align_corners=False, antialias=True)
     h, w = (math.ceil(side / usage.STRIDE) for side in images.shape[-2:])
     return F.interpolate(network(view).float().flip(-1), (h, w), mode="bilinear", align_corners=network.align_corners)
+
+
+def one_cycle(progress):
+    """The learning rate as a part of its peak, over a cycle from 0 to 1: up linearly in 0.2 of it, down by a cosine."""
+    return progress / 0.2 if progress < 0.2 else 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - 0.2) / 0.8))
 
 
 @torch.no_grad()
@@ -175,8 +183,13 @@ def main():
     groups = [{"params": [p for p in student.trunk.parameters() if p.requires_grad], "lr": args.lr},
               {"params": student.classifier.parameters(), "lr": args.lr * (10 if args.weights != "none" else 1)}]
     optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [group["lr"] for group in groups],
-                                                   total_steps=args.epochs * len(loader))
+    first, epochs = args.epochs * len(loader), args.epochs + args.reg_epochs    # steps of L_GEN alone; epochs in all
+
+    def rate(step):
+        if step < first:
+            return one_cycle(step / first)
+        return (0.5 if first else 1.0) * one_cycle((step - first) / max(1, epochs * len(loader) - first))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
 
     # ---- resume
@@ -187,16 +200,18 @@ def main():
     state = {"epoch": 0, "running": math.log(2), "seconds": 0.0} | usage.resume(path, settings, parts)
     epoch, running, seconds = state["epoch"], state["running"], state["seconds"]
     if epoch and rank == 0:
-        print(f"{path}: {epoch} of {args.epochs} epochs done")
+        print(f"{path}: {epoch} of {epochs} epochs done")
 
     # ---- training
-    log = usage.Log(args.run / "classifier.jsonl", args.epochs * len(loader) * args.batch_size,
+    log = usage.Log(args.run / "classifier.jsonl", epochs * len(loader) * args.batch_size,
                     epoch * len(loader) * args.batch_size)
-    while epoch < args.epochs:
+    while epoch < epochs:
         start = time.time()
         torch.manual_seed(hash((args.seed, epoch, rank)))                       # an epoch done again is the same epoch
         sampler.set_epoch(epoch)
         train_set.epoch = epoch
+        regularized = args.reg_weight > 0 and epoch >= args.epochs
+        adjusted = regularized and args.views == "adjusted"
         student.train(), teacher.train()
         if frozen:
             usage.freeze_batchnorm(student), usage.freeze_batchnorm(teacher)
@@ -205,7 +220,6 @@ def main():
             labels = labels.to(device, non_blocking=True)                       # (B, C)
             q = usage.learning_status(running) if args.adaptive else 1.0
             strong, weak = usage.adjustment_rates(q, args.max_rate, args.weak_ratio)
-            adjusted = args.reg_weight > 0 and args.views == "adjusted"
             usage.set_adjustment(student, strong if adjusted else 0.0)
             usage.set_adjustment(teacher.module, weak if adjusted else 0.0)
 
@@ -216,10 +230,10 @@ def main():
             else:
                 generation = usage.generation_loss(s, labels, args.temperature)
             loss, regularization = generation, torch.zeros_like(generation)
-            if args.reg_weight:
+            if regularized:
                 with usage.fast_autocast(device), torch.no_grad():              # weakly adjusted: (B, C, h, w)
                     target = teacher.module(images) if adjusted else mirrored_activations(teacher.module, images)
-                unit = target.float().std((2, 3), keepdim=True).clamp_min(1e-3)   # OURS: the teacher's deviation
+                unit = target.float().std((2, 3), keepdim=True).clamp_min(1)      # OURS: see README
                 alpha = usage.spatial_activation_distribution(s / unit, args.reg_temperature)
                 target = usage.spatial_activation_distribution(target / unit, args.teacher_temperature)
                 regularization = usage.consistency_loss(alpha, target, labels)
@@ -243,7 +257,7 @@ def main():
                 raise usage.InputError(f"step {step}: the loss is not finite (L_GEN {generation}, L_REG {regularization}); "
                                        f"lower --lr or --reg-weight; {path} holds the last finished epoch")
             running += 0.05 * (generation - running)                            # OURS: a memory of about 20 steps
-            if rank == 0 and (step % 10 == 0 or step == args.epochs * len(loader)):
+            if rank == 0 and (step % 10 == 0 or step == epochs * len(loader)):
                 print("\r" + log.line(step * args.batch_size, step=step, L_GEN=generation, L_REG=regularization, q=q,
                                       lr=schedule.get_last_lr()[0]), end="  ", flush=True)
         epoch, seconds = epoch + 1, seconds + time.time() - start

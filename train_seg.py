@@ -106,7 +106,7 @@ def main():
     for flag, value in RECIPES[kind, "photos" if photos else "toy"].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    if args.epochs < 1 or args.lr <= 0 or args.batch_size % world or args.batch_size < 2 * world:
+    if args.epochs < 1 or not args.lr > 0 or args.batch_size % world or args.batch_size < 2 * world:
         raise usage.InputError(f"--epochs and --lr must be positive, --batch-size a multiple of the {world} processes and "
                                "at least 2 for each")
     data = usage.open_data(args.data or trained["data"])

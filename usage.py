@@ -568,14 +568,14 @@ class VocFolder:
         path = self.root / "labels.json"
         table = read_json(path) if path.is_file() else None
         for row, name in zip(labels, ids):
-            if table is not None and name not in table:
-                raise InputError(f"{path}: image {name} has no entry; add \"{name}\": [class names]")
+            if table is not None and not (isinstance(table, dict) and isinstance(table.get(name), list)):
+                raise InputError(f"{path}: image {name} has no list of classes; add \"{name}\": [class names]")
             where = path if table is not None else self.root / f"Annotations/{name}.xml"
             for label in table[name] if table is not None else object_names(where):
-                if label not in index:
+                if str(label) not in index:
                     raise InputError(f"{where}: image {name} has the unknown class {label!r}; correct it or add it to "
                                      f"{self.root / 'classes.txt'}")
-                row[index[label]] = 1
+                row[index[str(label)]] = 1
         return labels
 
     def mask(self, name, size=None):
@@ -1065,13 +1065,14 @@ def load_classifier(run):
     state = load_checkpoint(path, f"run train_cls.py --run {run} first")
     try:
         settings, epoch = state["settings"], state["epoch"]
+        epochs = settings["epochs"] + settings["reg_epochs"]
         network = build_network(settings["backbone"], len(settings["classes"]))
         network.load_state_dict(state["student"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: not a classifier of train_cls.py ({str(error).strip().splitlines()[0][:100]}); run "
                          f"train_cls.py with another --run") from error
-    if epoch < settings["epochs"]:
-        raise InputError(f"{path}: {epoch} of {settings['epochs']} epochs done; run train_cls.py again, it goes on there")
+    if epoch < epochs:
+        raise InputError(f"{path}: {epoch} of {epochs} epochs done; run train_cls.py again, it goes on there")
     return network, settings
 
 
