@@ -152,11 +152,10 @@ def main():
         raise usage.InputError(f"--batch-size {args.batch_size}: pass a multiple of the {world} processes")
 
     # ---- data
-    if rank == 0:
-        data = usage.open_data(args.data, args.download)                        # draws or downloads: once
+    data = usage.open_data(args.data, args.download) if rank == 0 else None     # one draws or downloads, the others wait
     if world > 1:
         torch.distributed.barrier()
-    data = usage.open_data(args.data)
+    data = data or usage.open_data(args.data)
     split = "train_aug" if data.has_split("train_aug") else "train"
     colour = [v2.ColorJitter(0.3, 0.3, 0.3)] if args.photos else []             # OURS; on the toy, colour is a class's hint
     train_set = LabelledImages(data, split, v2.Compose([
@@ -223,9 +222,9 @@ def main():
             usage.set_adjustment(student, strong if adjusted else 0.0)
             usage.set_adjustment(teacher.module, weak if adjusted else 0.0)
 
-            with usage.fast_autocast(device):                                   # strongly adjusted
+            with usage.fast_autocast(device):                                   # strongly adjusted, s (B, C, h, w)
                 s, attention = ddp(images, return_attention=True) if args.attention else (ddp(images), None)
-            if args.attention:                                                  # s (B, C, h, w), attention (B, 1, h, w)
+            if args.attention:                                                  # (B, 1, h, w)
                 generation = F.multilabel_soft_margin_loss(usage.class_scores(s, attention), labels)
             else:
                 generation = usage.generation_loss(s, labels, args.temperature)
@@ -233,7 +232,7 @@ def main():
             if regularized:
                 with usage.fast_autocast(device), torch.no_grad():              # weakly adjusted: (B, C, h, w)
                     target = teacher.module(images) if adjusted else mirrored_activations(teacher.module, images)
-                unit = target.float().std((2, 3), keepdim=True).clamp_min(1)      # OURS: see README
+                unit = target.float().std((2, 3), keepdim=True).clamp_min(1)        # OURS: (B, C, 1, 1), see README
                 alpha = usage.spatial_activation_distribution(s / unit, args.reg_temperature)
                 target = usage.spatial_activation_distribution(target / unit, args.teacher_temperature)
                 regularization = usage.consistency_loss(alpha, target, labels)
@@ -247,7 +246,8 @@ def main():
             loss.backward()
             optimiser.step()
             schedule.step()
-            teacher.update_parameters(student)
+            if args.reg_weight:
+                teacher.update_parameters(student)
 
             terms = torch.stack([generation.detach(), regularization.detach()])
             if world > 1:
