@@ -218,8 +218,9 @@ def refine_scores(images, scores, threshold, dilations=(1, 2, 4, 8, 12, 24), ite
     corners = [(reach + d * dy, reach + d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
 
     def neighbours(maps):
+        """8 maps a dilation, each shifted towards one neighbour."""
         padded = F.pad(maps, (reach,) * 4, mode="replicate")
-        return [padded[..., y:y + h, x:x + w] for y, x in corners]      # 8 per dilation, each the size of maps
+        return [padded[..., y:y + h, x:x + w] for y, x in corners]
 
     around = torch.stack(neighbours(x))                                             # (J, B, 3, h, w)
     sigma = around.std(0) + 1e-8                                                    # (B, 3, h, w)
