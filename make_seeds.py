@@ -32,26 +32,21 @@ THRESHOLD = 0.4                     # OURS: a round number in the middle; eval.p
 UNCERTAIN = 0.08                    # OURS: refined scores this near to the threshold become void
 
 
-def threshold_levels(levels, present, threshold):
-    """Scores in 8 bits of K classes and their numbers -> label map: (K, H, W) uint8, (K,) -> (H, W) int64."""
-    if not len(present):
-        return torch.zeros(levels.shape[1:], dtype=torch.int64)
-    numbers = torch.cat([present.new_zeros(1), present + 1])
-    return numbers[usage.label_map(levels[None] / 255, threshold)[0]]
-
-
 def write_results(folder, name, present, levels, refined, threshold):
-    """Write what is known of one image; the seed comes last: its being there means done."""
+    """Write what is known of one image; the seed comes last: its being there means done.
+
+    present (K,): the numbers of its classes; levels, refined (K, H, W) uint8: their scores * 255, refined may be None.
+    """
     arrays = {"classes": present.numpy(), "levels": levels.numpy()}
     if refined is not None:
         arrays["refined"] = refined.numpy()
-        mask = threshold_levels(refined, present, threshold)
+        mask = usage.label_map(refined[None] / 255, threshold, present)[0]          # (H, W)
         if len(present):
             mask[(refined.amax(0) / 255 - threshold).abs() < UNCERTAIN] = usage.VOID
         usage.save_mask(folder / f"pseudo_masks/{name}.png", mask)
     with usage.written(folder / f"scores/{name}.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    usage.save_mask(folder / f"seeds/{name}.png", threshold_levels(levels, present, threshold))
+    usage.save_mask(folder / f"seeds/{name}.png", usage.label_map(levels[None] / 255, threshold, present)[0])
 
 
 def parse_arguments():

@@ -294,6 +294,10 @@ def test_label_map_equals_the_slow_loop():
     for b, i, j in np.ndindex(2, 5, 5):
         pixel = scores[b, :, i, j].tolist()
         assert labels[b, i, j] == (pixel.index(max(pixel)) + 1 if max(pixel) > 0.5 else 0)
+    numbers = torch.tensor([7, 0, 3])
+    expected = torch.cat([torch.zeros(1, dtype=torch.int64), numbers + 1])[labels]
+    assert torch.equal(usage.label_map(scores, 0.5, numbers), expected)
+    assert torch.equal(usage.label_map(scores[:, :0], 0.5, numbers[:0]), torch.zeros(2, 5, 5, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("backbone, side", [("resnet18", 65), ("deit_tiny", 64)])

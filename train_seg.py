@@ -29,7 +29,7 @@ RECIPES = {
     ("cnn", "photos"): dict(epochs=4, batch_size=16, lr=1e-4),
     ("transformer", "photos"): dict(epochs=8, batch_size=16, lr=1e-4),
 }
-SCALES = (0.75, 1.0, 1.25)          # at test time, each with its mirror image
+SCALES = (1.0, 1.5)                 # OURS: at test time, each with its mirror image
 
 
 class Segmenter(nn.Module):
@@ -67,8 +67,8 @@ class SeedMasks(Dataset):
 
 
 @torch.no_grad()
-def predict(segmenter, loader, size, folder, device, log):
-    """Write the label map of every image; scales and flips voted by probability."""
+def predict(segmenter, loader, size, refine, folder, device, log):
+    """Write the label map of every image: scales and flips voted by probability, edges refined as those of seeds are."""
     segmenter.eval()
     for done, (image, _, name) in enumerate(loader, start=1):
         image = image[None].to(device)                                              # (1, 3, H, W)
@@ -77,7 +77,12 @@ def predict(segmenter, loader, size, folder, device, log):
             logits = usage.multi_scale_activations(segmenter, image, base, SCALES, flip=True)
         votes = sum(F.interpolate(s.float(), image.shape[-2:], mode="bilinear", align_corners=segmenter.align_corners)
                     .softmax(1) for s in logits)                                    # (1, C + 1, H, W)
-        usage.save_mask(folder / f"{name}.png", votes.argmax(1)[0].cpu())
+        share = votes[:, 1:] / (votes[:, 1:] + votes[:, :1])    # (1, C, H, W), above 0.5 where a class beats the background
+        classes = (share.amax((0, 2, 3)) > 0.1).nonzero()[:, 0]                     # (K,) those in question
+        share = share[:, classes]
+        if refine and len(classes):
+            share = usage.refine_scores(image, share, 0.5)
+        usage.save_mask(folder / f"{name}.png", usage.label_map(share, 0.5, classes)[0].cpu())
         if log and (done % 10 == 0 or done == len(loader)):
             print("\r" + log.line(done, predicted=done), end="  ", flush=True)
 
@@ -93,6 +98,8 @@ def main():
     add("--epochs", type=int)
     add("--batch-size", type=int, help="over all processes; halve it when memory runs out")
     add("--lr", type=float, help="start of the polynomial schedule for the trunk; the new head gets 10 times that")
+    add("--refine", action=argparse.BooleanOptionalAction, default=True,
+        help="let the predicted label maps follow the edges of the image (default yes)")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=min(8, usage.CORES), help="processes that load images (default: cores, up to 8)")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
@@ -201,11 +208,11 @@ def main():
     ids = data.split("val")
     if rank == 0:
         print(f"\ntrained in {seconds / 60:.1f} min; labelling {len(ids)} images of val")
-        usage.record_settings(args.run / "segmentation.json", settings, "segmentation/")
+        usage.record_settings(args.run / "segmentation.json", settings | {"refine": args.refine}, "segmentation/")
     todo = [name for name in ids[rank::world] if not (args.run / f"segmentation/{name}.png").is_file()]
     log = usage.Log(args.run / "segmentation.jsonl", len(todo)) if rank == 0 else None
     images = DataLoader(usage.Photographs(data, todo), batch_size=None, num_workers=args.workers)
-    predict(segmenter, images, trained["size"], args.run / "segmentation", device, log)
+    predict(segmenter, images, trained["size"], args.refine, args.run / "segmentation", device, log)
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:

@@ -184,13 +184,16 @@ def seed_scores(activations, labels, size, align_corners=False):
     return total / total.amax((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def label_map(scores, threshold):
+def label_map(scores, threshold, classes=None):
     """The strongest class of each pixel, background (0) where no class exceeds the threshold.
 
-    scores (B, C, H, W), threshold in the same unit -> (B, H, W) int64 with 0 background and c + 1 for class c.
+    scores (B, C, H, W), threshold in the same unit; classes (C,), their numbers, where scores hold only some, or none, of
+    them -> (B, H, W) int64 with 0 background and c + 1 for class c.
     """
+    if not scores.shape[1]:
+        return torch.zeros_like(scores.sum(1), dtype=torch.int64)
     best, winner = scores.max(1)                                                    # (B, C, H, W) -> (B, H, W)
-    return torch.where(best > threshold, winner + 1, 0)
+    return torch.where(best > threshold, (winner if classes is None else classes[winner]) + 1, 0)
 
 
 # ---- Pseudo masks: pixel-adaptive mask refinement, in the place where the authors use PSA -----------------------------
