@@ -62,7 +62,7 @@ def parse_arguments():
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
     add("--refine", action=argparse.BooleanOptionalAction, default=True,
         help="let pseudo masks follow the edges of the image (default yes); without it train_seg.py learns the seeds")
-    add("--workers", type=int, default=min(8, usage.CORES), help="processes that load images (default: cores, up to 8)")
+    add("--workers", type=int, default=usage.WORKERS, help=f"processes that load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     if not (0 <= args.threshold <= 1 and 0 <= args.class_threshold <= 1):

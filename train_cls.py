@@ -69,7 +69,7 @@ def parse_arguments():
     add("--lr", type=float, help="peak of the one-cycle schedule; the classifier on a pretrained trunk gets 10 times that")
     add("--weight-decay", type=float)
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=min(8, usage.CORES), help="processes that load images (default: cores, up to 8)")
+    add("--workers", type=int, default=usage.WORKERS, help=f"processes that load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     args.photos = args.data != "toy"

@@ -101,7 +101,7 @@ def main():
     add("--refine", action=argparse.BooleanOptionalAction, default=True,
         help="let the predicted label maps follow the edges of the image (default yes)")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=min(8, usage.CORES), help="processes that load images (default: cores, up to 8)")
+    add("--workers", type=int, default=usage.WORKERS, help=f"processes that load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     device, rank, world = usage.start_processes(args.device, args.workers)

@@ -1124,6 +1124,7 @@ def random_numbers(*key):
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+WORKERS = min(8, max(1, CORES // 2))        # OURS: on a CPU the rest computes
 
 
 def start_processes(device, workers):
