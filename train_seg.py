@@ -26,7 +26,7 @@ import usage
 RECIPES = {
     ("cnn", "toy"): dict(epochs=4, batch_size=16, lr=3e-4),
     ("transformer", "toy"): dict(epochs=4, batch_size=16, lr=3e-4),
-    ("cnn", "photos"): dict(epochs=4, batch_size=16, lr=1e-4),
+    ("cnn", "photos"): dict(epochs=5, batch_size=16, lr=1e-4),
     ("transformer", "photos"): dict(epochs=8, batch_size=16, lr=1e-4),
 }
 SCALES = (1.0, 1.5)                 # OURS: at test time, each with its mirror image
