@@ -123,7 +123,8 @@ def score_run(run, data_root, with_sweep):
             entries += score_seeds(run, data, ids, settings, facts, with_sweep)
         else:
             confusion = compare(ids, folder, data.mask, len(data.classes))
-            entries.append(summary(confusion, data.classes, what=what, threshold="none (argmax)", **facts))
+            threshold = "none (argmax, refined)" if settings["refine"] else "none (argmax)"
+            entries.append(summary(confusion, data.classes, what=what, threshold=threshold, **facts))
     if not entries:
         raise usage.InputError(f"{run}: nothing to score; run make_seeds.py --run {run} first")
     return entries

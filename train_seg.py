@@ -1,11 +1,11 @@
-"""Stage 3: train an ordinary segmentation network on the seeds, and let it label the val images.
+"""Stage 3: train an ordinary segmentation network on the pseudo masks, and let it label the val images.
 
     python train_seg.py --run runs/toy-resnet50
     python train_seg.py --run runs/toy-resnet50 --seeds DIR        on anybody's pseudo masks of the same images
 
-The backbone of stage 1 with torchvision's DeepLab head. Reads classifier.pt and seeds/. Writes segmenter.pt,
-segmenter.jsonl, segmentation/<id>.png and segmentation.png into the run folder; started again, it goes on after the last
-finished epoch. No true mask is opened but for the sheet segmentation.png. Next: eval.py.
+The backbone of stage 1 with torchvision's DeepLab head. Reads classifier.pt and pseudo_masks/, or seeds/ where there was
+no refinement. Writes segmenter.pt, segmenter.jsonl, segmentation/<id>.png and segmentation.png into the run folder; started
+again, it goes on after the last finished epoch. No true mask is opened but for the sheet segmentation.png. Next: eval.py.
 """
 
 import argparse
