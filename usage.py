@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import xml.etree.ElementTree
@@ -499,6 +500,13 @@ class InputError(Exception):
 @contextmanager
 def one_line_errors(how_to_go_on):
     """End a script on bad input, a full disk or Ctrl-C with one line on stderr: exit code 2, for Ctrl-C 130."""
+    owner, name = os.getpid(), Path(sys.argv[0]).name
+
+    def stop(*_):                           # at once: an exception can get lost in a callback, and no file is half written
+        if os.getpid() == owner:            # loaders' workers leave it to the process that they work for
+            os.write(2, f"\n{name}: interrupted; {how_to_go_on}\n".encode())
+            os._exit(130)
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield
     except InputError as error:             # out of a loader's worker it comes with a traceback around its message
@@ -507,11 +515,11 @@ def one_line_errors(how_to_go_on):
         message, code = f"{error}: make room or give access there, then {how_to_go_on}", 2
     except torch.OutOfMemoryError:
         message, code = "the device's memory is full: pass a smaller --batch-size or --size", 2
-    except KeyboardInterrupt:
-        message, code = f"interrupted; {how_to_go_on}", 130
     else:
         return
-    sys.stderr.write(f"\n{Path(sys.argv[0]).name}: {message}\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    sys.stderr.write(f"\n{name}: {message}\n")
     sys.stderr.flush()
     os._exit(code) if torch.distributed.is_initialized() else sys.exit(code)    # other processes may wait in a collective
 
