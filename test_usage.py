@@ -1073,6 +1073,16 @@ def test_bad_input(case, toy, finished, tmp_path, monkeypatch, capsys):
     assert not new, f"written: {new}"
 
 
+def test_the_readme_names_flags_that_exist():
+    flags = set()
+    for script in ("train_cls.py", "make_seeds.py", "train_seg.py", "eval.py"):
+        flags |= set(re.findall(r'add\("(--[a-z-]+)"', (HERE / script).read_text()))
+    flags |= {flag.replace("--", "--no-") for flag in ("--flip", "--refine", "--adaptive")}
+    flags |= {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}                    # torchrun's
+    named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]*)", (HERE / "README.md").read_text()))
+    assert len(named) > 20 and named <= flags
+
+
 def test_a_folder_that_cannot_be_written_to(toy, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
     command = [part.replace("DATA", str(toy)).replace("NEW", str(tmp_path / "file/run")) for part in TRAIN]
