@@ -1079,7 +1079,7 @@ def test_the_readme_names_flags_that_exist():
         flags |= set(re.findall(r'add\("(--[a-z-]+)"', (HERE / script).read_text()))
     flags |= {flag.replace("--", "--no-") for flag in ("--flip", "--refine", "--adaptive")}
     flags |= {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}                    # torchrun's
-    named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]*)", (HERE / "README.md").read_text()))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", (HERE / "README.md").read_text()))
     assert len(named) > 20 and named <= flags
 
 
