@@ -33,7 +33,7 @@ RECIPES = {
         temperature=1.0, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=1.0, max_rate=0.5,
         weights="none", size=112, epochs=3, reg_epochs=2, batch_size=16, lr=1e-3, weight_decay=0.05),
     ("cnn", "photos"): dict(
-        temperature=math.inf, reg_weight=1.0, reg_temperature=1.0, teacher_temperature=0.2, max_rate=0.5,
+        temperature=math.inf, reg_weight=1.0, reg_temperature=2.0, teacher_temperature=0.4, max_rate=0.5,
         weights="imagenet", size=225, epochs=4, reg_epochs=4, batch_size=16, lr=1e-4, weight_decay=0.05),
     ("transformer", "photos"): dict(                            # not measured: no pretrained DeiT was at hand
         temperature=1.0, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=1.0, max_rate=0.5,
@@ -212,9 +212,10 @@ def main():
         train_set.epoch = epoch
         regularized = args.reg_weight > 0 and epoch >= args.epochs
         adjusted = regularized and args.views == "adjusted"
-        student.train(), teacher.train()
-        if frozen:
-            usage.freeze_batchnorm(student), usage.freeze_batchnorm(teacher)
+        for network in (student, teacher):
+            network.train()
+            if frozen:
+                usage.freeze_batchnorm(network)
         for step, (images, labels) in enumerate(loader, start=epoch * len(loader) + 1):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)                       # (B, C)
