@@ -516,6 +516,8 @@ def one_line_errors(how_to_go_on):
     except torch.OutOfMemoryError:
         message, code = "the device's memory is full: pass a smaller --batch-size or --size", 2
     else:
+        if torch.distributed.is_initialized():                  # its threads must end before Python does
+            torch.distributed.destroy_process_group()
         return
     finally:
         signal.signal(signal.SIGINT, before)
