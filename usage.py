@@ -499,7 +499,10 @@ class InputError(Exception):
 
 @contextmanager
 def one_line_errors(how_to_go_on):
-    """End a script on bad input, a full disk or Ctrl-C with one line on stderr: exit code 2, for Ctrl-C 130."""
+    """End a script on bad input, a full disk or Ctrl-C with one line on stderr: exit code 2, for Ctrl-C 130.
+
+    A script that comes to its end leaves torchrun's process group.
+    """
     owner, name = os.getpid(), Path(sys.argv[0]).name
 
     def stop(*_):                           # at once: an exception can get lost in a callback, and no file is half written
