@@ -1,4 +1,4 @@
-"""Stage 4: score label maps against the truth: IoU, FPR and FNR per class and in the mean.
+"""Stage 4: compare label maps with the truth: IoU, FPR and FNR per class and in the mean.
 
     python eval.py --run runs/toy-resnet50               seeds and segmentation, whatever is there
     python eval.py --run runs/toy-resnet50 --sweep       also the best threshold that the truth can choose
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import usage
 
@@ -36,14 +37,14 @@ def metrics(confusion):
     return {"IoU": true_positive / union, "FPR": false_positive / union, "FNR": false_negative / union}
 
 
-def count_levels(truth, classes, levels, num_classes):
-    """Pixels by (true class, strongest class, its score), void left out: enough for every threshold at once.
+def count_levels(truth, classes, maps, num_classes):
+    """Pixels by (true class, strongest class, its level), void left out: enough for every threshold at once.
 
-    truth (H, W), classes (K,), levels (K, H, W) uint8: scores * 255 -> (C + 1, C + 1, 256) int64.
+    truth (H, W), classes (K,), maps (K, H, W) uint8: seed maps * 255 -> (C + 1, C + 1, 256) int64.
     """
     shape = (num_classes + 1, num_classes + 1, 256)
     if len(classes):
-        best, winner = levels.max(0)                                                # (K, H, W) -> (H, W)
+        best, winner = maps.max(0)                                                  # (K, H, W) -> (H, W)
         predicted = classes[winner] + 1
     else:
         best = predicted = torch.zeros_like(truth)
@@ -64,31 +65,33 @@ def summary(confusion, classes, **facts):
     """What report.json holds of one confusion matrix: the facts given, means, area, and the three rates per class."""
     rates = metrics(confusion)
     area = (confusion[:, 1:].sum() / confusion[1:].sum()).item()                    # predicted over true foreground
-    means = {name: rate.nanmean().item() for name, rate in rates.items()}
+    means = {"m" * (name == "IoU") + name: rate.nanmean().item() for name, rate in rates.items()} | {"area": area}
+    means = {name: value if math.isfinite(value) else None for name, value in means.items()}     # JSON has no NaN
     per_class = {name: {key: rate[c].item() for key, rate in rates.items()}
                  for c, name in enumerate(["background", *classes]) if not rates["IoU"][c].isnan()}
-    return {**facts, "mIoU": means["IoU"], "FPR": means["FPR"], "FNR": means["FNR"], "area": area, "classes": per_class}
+    return {**facts, **means, "classes": per_class}
 
 
 def show(entry):
+    """Print an entry of report.json as a table."""
     labels = f"{entry['labels']} labels, " if "labels" in entry else ""
     print(f"\n{entry['what']}: {entry['data']}, {entry['split']}, {entry['images']} images, {labels}threshold "
-          f"{entry['threshold']}")
-    print(f"  {'':16}    IoU    FPR    FNR")
+          f"{entry['threshold']}\n  {'':16}    IoU    FPR    FNR")
     for name, rate in entry["classes"].items():
         print(f"  {name:16} {rate['IoU']:6.3f} {rate['FPR']:6.3f} {rate['FNR']:6.3f}")
-    print(f"  {'mean':16} {entry['mIoU']:6.3f} {entry['FPR']:6.3f} {entry['FNR']:6.3f}   "
-          f"foreground {entry['area']:.2f} x the true area")
+    if entry["mIoU"] is not None and entry["area"] is not None:
+        print(f"  {'mean':16} {entry['mIoU']:6.3f} {entry['FPR']:6.3f} {entry['FNR']:6.3f}   "
+              f"foreground {entry['area']:.2f} x the true area")
 
 
-def progress(ids):
-    """Yield the ids, with a line of progress."""
+def progress(names):
+    """Yield the names, with a line of progress."""
     start = time.time()
-    for done, name in enumerate(ids, start=1):
+    for done, name in enumerate(names, start=1):
         yield name
-        if done % 50 == 0 or done == len(ids):
-            rate = done / (time.time() - start)
-            print(f"\r{done} of {len(ids)} images  {rate:.0f} images/s  {(len(ids) - done) / rate:.0f} s left ", end="",
+        if done % 50 == 0 or done == len(names):
+            rate = done / max(1e-9, time.time() - start)
+            print(f"\r{done} of {len(names)} images  {rate:.0f} images/s  {(len(names) - done) / rate:.0f} s left ", end="",
                   flush=True)
 
 
@@ -99,120 +102,155 @@ def compare(ids, folder, true_mask, num_classes):
         truth, path = true_mask(name), folder / f"{name}.png"
         predicted = usage.read_mask(path, truth.shape, num_classes)
         if (predicted == usage.VOID).any():
-            raise usage.InputError(f"{path}: has void (255), a prediction must not; score a run's pseudo masks by --run")
+            raise usage.InputError(f"{path}: has void (255), a prediction must not; measure a run's pseudo masks by --run")
         confusion += confusion_matrix(truth, predicted, num_classes)
     return confusion
 
 
-def score_run(run, data_root, with_sweep):
+def measure_run(run, data_root, with_sweep):
     """Entries of report.json for what is found in a run folder."""
     entries = []
     for what, path in (("seeds", run / "seeds.json"), ("segmentation", run / "segmentation.json")):
         if not path.is_file():
             continue
-        settings = usage.read_json(path)
-        data = usage.open_data(data_root or settings["data"])
-        usage.check_classes(data, settings["classes"], run)
+        keys = ["data", "classes", "split", "refine", *(["threshold", "class_threshold"] if what == "seeds" else [])]
+        settings = usage.read_json(path, keys)
+        data = usage.open_run_data(run, settings, data_root)
         split = "train" if settings["split"] == "train_aug" else settings["split"]  # the part of it that has masks
-        ids, folder = data.split(split), run / what
-        missing = [name for name in ids if not (folder / f"{name}.png").is_file()]
+        if not data.list(split).is_file():
+            print(f"{what} of {split}: no list {data.list(split)} any more, not measured")
+            continue
+        ids, folder = data.ids(split), run / what
+        missing = [name for name in ids if not usage.is_there(folder / f"{name}.png")]
         if missing:
             raise usage.InputError(f"{folder / missing[0]}.png: not there; run the stage that writes {folder} to its end")
+        if not data.has_masks(ids):
+            print(f"{what} of {split}: no true masks in {data.masks}, not measured")
+            continue
+        if data.is_coco and not all(usage.is_there(data.masks / f"{name}.png") for name in ids):
+            draw_coco_masks(data, split)
         facts = {"data": str(data.root), "split": split, "images": len(ids)}
         if what == "seeds":
-            entries += score_seeds(run, data, ids, settings, facts, with_sweep)
+            entries += measure_seeds(run, data, ids, settings, facts, with_sweep)
         else:
             confusion = compare(ids, folder, data.mask, len(data.classes))
             threshold = "none (argmax, refined)" if settings["refine"] else "none (argmax)"
             entries.append(summary(confusion, data.classes, what=what, threshold=threshold, **facts))
-    if not entries:
-        raise usage.InputError(f"{run}: nothing to score; run make_seeds.py --run {run} first")
-    return entries
+    return entries or usage.fail(f"{run}: nothing to measure; run make_seeds.py --run {run}, or correct --run, --data")
 
 
-def score_seeds(run, data, ids, settings, facts, with_sweep):
+def measure_seeds(run, data, ids, settings, facts, with_sweep):
     """Entries for the seeds, at the fixed threshold and at the best one, and for the pseudo masks made of them.
 
     Pixels that a pseudo mask leaves void count as what they would be without.
     """
-    shape = (len(data.classes) + 1, len(data.classes) + 1, 256)
-    counts = {"levels": torch.zeros(shape, dtype=torch.int64), "refined": torch.zeros(shape, dtype=torch.int64)}
+    kinds = {"maps": "seeds", "refined": "pseudo masks"} if settings["refine"] else {"maps": "seeds"}
+    counts, threshold = dict.fromkeys(kinds, 0), settings["threshold"]
     for name in progress(ids):
-        classes, scores = load_scores(run, name)
-        truth = data.mask(name, scores["levels"].shape[1:])
-        for kind, levels in scores.items():
-            counts[kind] += count_levels(truth, classes, levels, len(data.classes))
+        path = run / f"maps/{name}.npz"
+        classes, maps = usage.load_maps(path)
+        if maps.keys() != kinds.keys():
+            raise usage.InputError(f"{path}: has not both kinds of maps; remove it and run make_seeds.py again")
+        truth = data.mask(name, maps["maps"].shape[1:])
+        for kind in kinds:
+            counts[kind] = counts[kind] + count_levels(truth, classes, maps[kind], len(data.classes))
     facts |= {"labels": "given" if settings["class_threshold"] is None else "predicted"}
-    fixed = facts | {"threshold": f"{settings['threshold']} (fixed beforehand)"}
-    entries = [summary(at_threshold(counts["levels"], settings["threshold"]), data.classes, what="seeds", **fixed)]
-    if settings["refine"]:
-        matrix = at_threshold(counts["refined"], settings["threshold"])
-        entries.append(summary(matrix, data.classes, what="pseudo masks", **fixed))
+    entries = [summary(at_threshold(counts[kind], threshold), data.classes, what=what, **facts,
+                       threshold=f"{threshold} (fixed beforehand)") for kind, what in kinds.items()]
     if with_sweep:
-        matrices = [at_threshold(counts["levels"], threshold) for threshold in torch.arange(101) / 100]
+        matrices = [at_threshold(counts["maps"], step) for step in torch.arange(101) / 100]
         curve = [summary(matrix, data.classes) for matrix in matrices]
-        best = int(np.argmax([point["mIoU"] for point in curve]))
+        best = int(np.argmax([point["mIoU"] or 0 for point in curve]))
         facts |= {"what": "seeds, oracle", "threshold": f"{best / 100} (ORACLE: the best of 101 on these very masks)"}
         curve = {f"{key} at 0.00, 0.01 ... 1.00": [point[key] for point in curve] for key in ("mIoU", "area")}
         entries.append(summary(matrices[best], data.classes, **facts) | curve)
     return entries
 
 
-def load_scores(run, name):
-    """Of one image's scores: the classes (K,), and {"levels", and "refined" if there are any: (K, H, W) uint8}."""
-    path = run / f"scores/{name}.npz"
-    try:
-        with np.load(path) as file:
-            arrays = {key: torch.from_numpy(file[key]) for key in file}
-        return arrays.pop("classes"), arrays
-    except Exception as error:
-        raise usage.InputError(f"{path}: not readable as scores ({error}); remove it and seeds/{name}.png, and run "
-                               "make_seeds.py again") from error
-
-
-def score_folders(predicted, truth, classes):
+def measure_folders(predicted, truth, classes):
     """The entry of report.json for two folders of PNGs."""
     for folder in (predicted, truth):
         if not folder.is_dir():
             raise usage.InputError(f"{folder}: no such folder; --pred and --truth take folders of label PNGs")
     if predicted.resolve() == truth.resolve():
         raise usage.InputError(f"{predicted}: --pred and --truth are one folder; nothing would be measured")
-    ids = sorted(path.stem for path in predicted.glob("*.png"))
+    ids = list(usage.image_files(predicted, (".png",)))
     if not ids:
-        raise usage.InputError(f"{predicted}: no .png in it; nothing to score")
-
+        raise usage.InputError(f"{predicted}: no .png in it; nothing to measure")
     def true_mask(name):
         return usage.read_mask(truth / f"{name}.png", None, len(classes))
     confusion = compare(ids, predicted, true_mask, len(classes))
-    split = f"every png of {predicted} ({len(list(truth.glob('*.png')))} in the truth)"
+    split = f"every png of {predicted} ({len(usage.image_files(truth, ('.png',)))} in the truth)"
     return [summary(confusion, classes, what="label maps", data=str(truth), split=split, images=len(ids),
                     threshold="none (label maps)")]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = usage.fail
     add = parser.add_argument
     add("--run", type=Path, help="a run folder (default runs/toy-resnet50); writes report.json into it")
     add("--data", help="where the data lies now, if it has moved since stage 1")
     add("--sweep", action="store_true", help="also the oracle threshold of the seeds: the best one, chosen on the truth")
-    add("--pred", type=Path, help="a folder of label PNGs to score against --truth, instead of a run")
+    add("--pred", type=Path, help="a folder of label PNGs to compare with --truth, instead of a run")
     add("--truth", type=Path, help="a folder of label PNGs: 0 background, 1 to C the classes, 255 void")
     add("--classes", type=Path, help="for --pred: a file with the class names, one a line (default: VOC's 20)")
     args = parser.parse_args()
+    run = args.run or Path("runs/toy-resnet50")
     if args.pred or args.truth:
         if not (args.pred and args.truth) or args.run:
             raise usage.InputError("pass --pred and --truth together and no --run, or --run alone")
-        if args.classes and not args.classes.is_file():
-            raise usage.InputError(f"{args.classes}: no such file; write the class names into it, one a line")
-        entries = score_folders(args.pred, args.truth,
-                                args.classes.read_text().splitlines() if args.classes else usage.VOC_CLASSES)
+        classes = usage.read_classes(args.classes) if args.classes else usage.VOC_CLASSES
+        entries = measure_folders(args.pred, args.truth, classes)
     else:
-        args.run = args.run or Path("runs/toy-resnet50")
-        entries = score_run(args.run, args.data, args.sweep)
-        with usage.written(args.run / "report.json") as temporary:
-            temporary.write_text(json.dumps(entries, indent=1))
+        entries = measure_run(run, args.data, args.sweep)
     for entry in entries:
         show(entry)
+    if not args.pred:
+        usage.write_json(run / "report.json", entries)
+
+
+# ======================================================================================================================
+# MS COCO's masks
+# ======================================================================================================================
+
+
+def draw_coco_masks(data, split):
+    """Draw the true masks of a split from COCO's outlines: small objects over large ones, crowds void."""
+    path = data.root / f"annotations/instances_{split}2014.json"
+    print(f"{path}: drawing the true masks, for the first time", flush=True)
+    with usage.reading(path, "not COCO's instances: fetch it again"):
+        table = json.loads(path.read_bytes())
+        names = {category["id"]: category["name"] for category in table["categories"]}
+        labels = {number: data.classes.index(name) + 1 for number, name in names.items()}
+        objects = {image["id"]: [] for image in table["images"]}
+        for entry in sorted(table.pop("annotations"), key=lambda entry: (not entry["iscrowd"], -entry["area"])):
+            objects[entry["image_id"]].append(entry)
+    for image in progress(table["images"]):
+        drawn = data.masks / f"{Path(image['file_name']).stem}.png"
+        if usage.is_there(drawn):
+            continue
+        mask = np.zeros((image["height"], image["width"]), np.uint8)
+        with usage.reading(path, f"an outline of {image['file_name']} cannot be drawn: fetch it again"):
+            for entry in objects[image["id"]]:
+                mask[draw_outline(entry["segmentation"], *mask.shape)] = (
+                    usage.VOID if entry["iscrowd"] else labels[entry["category_id"]])
+        usage.save_mask(drawn, mask)
+
+
+def draw_outline(outline, height, width):
+    """An object of COCO's as (H, W) bool: a list of polygons [x, y, x, y, ...], or runs {"counts": ..., "size": [H, W]}.
+
+    Runs are lengths down the columns, first of background, then of the object, and so on. Format: COCO's maskApi.
+    """
+    if isinstance(outline, list):
+        fine = 4                                                    # drawn larger: Pillow's polygons include their edges
+        canvas = Image.new("L", (fine * width, fine * height))
+        for polygon in outline:
+            ImageDraw.Draw(canvas).polygon([(fine * x, fine * y) for x, y in zip(polygon[::2], polygon[1::2])], fill=255)
+        return np.array(canvas.reduce(fine)) > 150
+    runs = outline["counts"]
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 if __name__ == "__main__":

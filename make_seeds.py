@@ -4,10 +4,10 @@
     python make_seeds.py --run runs/toy-resnet50 --split val        another split, by predicted labels
     python make_seeds.py --run runs/toy-resnet50 --images FOLDER    anybody's photographs, by predicted labels
 
-Reads classifier.pt. Writes into the run folder, or for the last two into runs/.../val and runs/.../images-FOLDER:
+Reads classifier.pt and .json. Writes into the run folder, or for the last two into runs/.../val and runs/.../images-FOLDER:
     seeds/<id>.png            the paper's seed areas: label maps in VOC's palette
     pseudo_masks/<id>.png     the same after refinement; what is uncertain is void (255)
-    scores/<id>.npz           the scores of the present classes behind both, which eval.py reads
+    maps/<id>.npz             the seed maps of the present classes behind both, which eval.py reads
     seeds.png                 a sheet of photograph | heat map | seed | pseudo mask | truth, where there is one
     labels.json               the predicted labels, where they are predicted
 True masks are opened for the last column of that sheet alone. Started again, it continues where it stopped.
@@ -15,135 +15,248 @@ Next: train_seg.py, or eval.py.
 """
 
 import argparse
-import json
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
 import usage
 
-# Scale 1 is the photograph with its longer side at the size of training. OURS: CNNs, whose training crops enlarge the
-# photograph, gain from finer maps (IRN has 0.5 to 2); Transformers stay near the grid that their position embedding knows.
-SCALES = {"cnn": (1.0, 1.5, 2.0), "transformer": (0.75, 1.0, 1.25)}
-THRESHOLD = 0.4                     # OURS: a round number in the middle; eval.py --sweep tells what others give
-UNCERTAIN = 0.08                    # OURS: refined scores this near to the threshold become void
+# The defaults, per kind of network and of initial weights, all OURS. Scale 1 is the photograph with its longer side at the
+# size of training. CNNs, whose training crops enlarge the photograph, gain from finer maps (IRN has 0.5 to 2); Transformers
+# stay near the grid that their position embedding knows. The threshold is a round number in the middle; eval.py --sweep
+# tells others. Patch affinity wants attention that knows objects: trained from scratch on the toy, it floods the scene.
+RECIPES = {
+    ("cnn", "scratch"): dict(scales=[1.0, 1.5, 2.0], threshold=0.4, affinity=False),
+    ("transformer", "scratch"): dict(scales=[0.75, 1.0, 1.25], threshold=0.4, affinity=False),
+    ("cnn", "pretrained"): dict(scales=[1.0, 1.5, 2.0], threshold=0.4, affinity=False),
+    ("transformer", "pretrained"): dict(scales=[0.75, 1.0, 1.25], threshold=0.4, affinity=True),
+}
+UNCERTAIN = 0.08                    # OURS: refined maps this near to the threshold become void
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def write_results(folder, name, present, levels, refined, threshold):
-    """Write what is known of one image; the seed comes last: its being there means done.
+def parse_arguments():
+    number = usage.number
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     epilog="Flags without a default here take it from the table RECIPES in this file.")
+    parser.error = usage.fail
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stage 1 (default runs/toy-resnet50)")
+    add("--data", help="where the data lies now, if it has moved since stage 1")
+    add("--split", help="another split than that of training, its labels predicted")
+    add("--images", type=Path, help="a folder of photographs, their labels predicted")
+    add("--class-threshold", type=number(0, 1),
+        help="a class of this probability is predicted (default: the one that gives the training images as many classes as "
+             "they have)")
+    add("--threshold", type=number(0, 1), help="a pixel above it is foreground (default 0.4)")
+    add("--scales", type=number(0.05, 8), nargs="+", help="default: 1 1.5 2 for CNNs, 0.75 1 1.25 for Transformers")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
+    add("--affinity", action=argparse.BooleanOptionalAction,
+        help="Transformers: spread the maps by the attention among patches (default: if pretrained)")
+    add("--refine", action=argparse.BooleanOptionalAction, default=True,
+        help="let pseudo masks follow the edges of the image (default yes); without it train_seg.py learns the seeds")
+    add("--workers", type=number(0, 1e3, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
+    add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
+    args = parser.parse_args()
+    if args.images and args.split:
+        raise usage.InputError("pass --images or --split, not both")
+    return args
 
-    present (K,): the numbers of its classes; levels, refined (K, H, W) uint8: their scores * 255, refined may be None.
+
+class Readable(usage.Photographs):
+    """Photographs, with None in the place of a file that cannot be read."""
+
+    def __getitem__(self, index):
+        try:
+            return super().__getitem__(index)
+        except usage.InputError:
+            return None, self.targets[index]
+
+
+def open_photographs(folder, classes):
+    """Anybody's photographs, with the classes of a trained run, as far as they are needed of a DataFolder."""
+    if not folder.is_dir():
+        raise usage.InputError(f"{folder}: no such folder; pass --images FOLDER with photographs in it")
+    images = usage.image_files(folder, IMAGE_ENDINGS)
+    if not images:
+        raise usage.InputError(f"{folder}: no image files in it; pass --images FOLDER with photographs in it")
+    return SimpleNamespace(root=folder, classes=classes, images=images, masks=folder / "no true masks")
+
+
+def results_of(folder, name, refine):
+    """The files of one image's results; all there and not empty means done."""
+    return [folder / f"seeds/{name}.png", folder / f"maps/{name}.npz",
+            *([folder / f"pseudo_masks/{name}.png"] if refine else [])]
+
+
+def write_results(folder, name, present, maps, refined, threshold):
+    """Write what is known of one image.
+
+    present (K,): the numbers of its classes; maps, refined (K, H, W) uint8: their seed maps * 255, refined may be None.
     """
-    arrays = {"classes": present.numpy(), "levels": levels.numpy()}
+    arrays = {"classes": present.numpy(), "maps": maps.numpy()}
     if refined is not None:
         arrays["refined"] = refined.numpy()
         mask = usage.label_map(refined[None] / 255, threshold, present)[0]          # (H, W)
         if len(present):
             mask[(refined.amax(0) / 255 - threshold).abs() < UNCERTAIN] = usage.VOID
         usage.save_mask(folder / f"pseudo_masks/{name}.png", mask)
-    with usage.written(folder / f"scores/{name}.npz") as temporary, temporary.open("wb") as file:
+    with usage.written(folder / f"maps/{name}.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    usage.save_mask(folder / f"seeds/{name}.png", usage.label_map(levels[None] / 255, threshold, present)[0])
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stage 1 (default runs/toy-resnet50)")
-    add("--data", help="where the data lies now, if it has moved since stage 1")
-    add("--split", help="another split than that of training, its labels predicted")
-    add("--images", type=Path, help="a folder of photographs, their labels predicted")
-    add("--class-threshold", type=float, default=0.5, help="a class of this probability is predicted (default 0.5)")
-    add("--threshold", type=float, default=THRESHOLD, help=f"a pixel above it is foreground (default {THRESHOLD})")
-    add("--scales", type=float, nargs="+", help="default: 1 1.5 2 for CNNs, 0.75 1 1.25 for Transformers")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
-    add("--refine", action=argparse.BooleanOptionalAction, default=True,
-        help="let pseudo masks follow the edges of the image (default yes); without it train_seg.py learns the seeds")
-    add("--workers", type=int, default=usage.WORKERS, help=f"processes that load images (default {usage.WORKERS})")
-    add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
-    args = parser.parse_args()
-    if not (0 <= args.threshold <= 1 and 0 <= args.class_threshold <= 1):
-        raise usage.InputError("--threshold and --class-threshold take 0 to 1")
-    if not all(0 < scale <= 8 for scale in args.scales or ()):
-        raise usage.InputError("--scales takes more than 0 and at most 8")
-    if args.images and args.split:
-        raise usage.InputError("pass --images or --split, not both")
-    return args
+    usage.save_mask(folder / f"seeds/{name}.png", usage.label_map(maps[None] / 255, threshold, present)[0])
 
 
 @torch.no_grad()
 def main():
     args = parse_arguments()
-    device, rank, world = usage.start_processes(args.device, args.workers)
+    device = usage.start_processes(args.device, args.workers)
 
     # ---- the classifier and the images
     network, trained = usage.load_classifier(args.run)
     network = network.to(device, memory_format=torch.channels_last).eval()
-    scales = args.scales or SCALES["cnn" if trained["backbone"] in usage.CNNS else "transformer"]
+    kind = "cnn" if trained["backbone"] in usage.CNNS else "transformer"
+    for key, value in RECIPES[kind, "scratch" if trained["weights"] == "none" else "pretrained"].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.affinity and kind == "cnn":
+        raise usage.InputError(f"--affinity: {trained['backbone']} has no attention; leave it out")
     split, folder = trained["split"], args.run
     if args.images:
-        data, split = usage.PhotoFolder(args.images, trained["classes"]), str(args.images)
-        folder = args.run / f"images-{args.images.resolve().name}"
+        data, split = open_photographs(args.images, trained["classes"]), "all"
+        ids, folder = list(data.images), args.run / f"images-{args.images.resolve().name}"
     else:
-        data = usage.open_data(args.data or trained["data"])
-        usage.check_classes(data, trained["classes"], args.run)
         if args.split and args.split != split:
             split, folder = args.split, args.run / args.split
+        data = usage.open_run_data(args.run, trained, args.data, [folder / "seeds", folder / "pseudo_masks"])
+        ids = data.ids(split)
     predicted = folder != args.run
-    for results in ("seeds", "pseudo_masks"):
-        usage.refuse_truth(folder / results, data)
-    ids = data.split(split)
-    settings = {"threshold": args.threshold, "scales": list(scales), "flip": args.flip, "refine": args.refine,
-                "split": split, "data": str(data.root.resolve()), "classes": data.classes, "classifier": trained,
+    if predicted and args.class_threshold is None:
+        again = f"run train_cls.py --run {args.run} again, to its end"
+        learnt = usage.read_json(args.run / "classifier.json", ["class_threshold", "classifier"], again)
+        if learnt["classifier"] != trained["classifier"]:
+            raise usage.InputError(f"{args.run / 'classifier.json'}: of another classifier; {again}")
+        args.class_threshold = learnt["class_threshold"]
+    labels = torch.ones(len(ids), len(data.classes)) if predicted else data.labels(ids)
+    sizes = [data.images[name].stat().st_size for name in ids]                  # of files: another photograph, another size
+    settings = {"classifier": trained["classifier"], "threshold": args.threshold, "scales": args.scales, "flip": args.flip,
+                "affinity": args.affinity, "refine": args.refine, "split": split, "data": str(data.root.resolve()),
+                "classes": data.classes, "contents": usage.fingerprint(ids, sizes, labels),
                 "class_threshold": args.class_threshold if predicted else None}
-    if rank == 0:
-        usage.record_settings(folder / "seeds.json", settings, "seeds/, pseudo_masks/ and scores/")
+    usage.check_results(folder / "seeds.json", settings, [folder / name for name in ("seeds", "pseudo_masks", "maps")])
+    mine = range(usage.RANK, len(ids), usage.WORLD)
+    todo = [k for k in mine if not all(map(usage.is_there, results_of(folder, ids[k], args.refine)))]
+    if usage.RANK == 0:
         print(f"{data.root}: seeds of {len(ids)} images of {split}, {'predicted' if predicted else 'given'} labels, "
               f"threshold {args.threshold} (fixed), into {folder / 'seeds'}")
+        if len(todo) < len(mine):
+            print(f"{len(mine) - len(todo)} of them are there")
 
     # ---- seeds
-    mine = ids[rank::world]
-    todo = [name for name in mine if not (folder / f"seeds/{name}.png").is_file()]
-    if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} of them are there")
-    log = usage.Log(folder / "seeds.jsonl", len(todo))
-    images = usage.Photographs(data, todo, None if predicted else data.labels(todo))
-    for done, (image, labels, name) in enumerate(DataLoader(images, batch_size=None, num_workers=args.workers), start=1):
+    log = usage.Log(folder / "seeds.jsonl", len(mine), len(mine) - len(todo))
+    usage.write_json(folder / "seeds.json", settings)
+    photographs = Readable if args.images else usage.Photographs
+    images = photographs(data, [ids[k] for k in todo], labels[todo])
+    loader = DataLoader(images, batch_size=None, num_workers=args.workers)
+    for name, (image, has) in zip(images.ids, loader):
+        if image is None:
+            print(log.line(1), end="", flush=True)
+            continue
         image, size = image[None].to(device), image.shape[-2:]                      # (1, 3, H, W)
         base = [side * trained["size"] / max(size) for side in size]
         if predicted:
-            view = F.interpolate(image, usage.fitting_size(base, network.align_corners), mode="bilinear", antialias=True)
-            probability = usage.score_images(network, view, trained["temperature"], trained["attention"]).sigmoid()
-            labels = probability[0].cpu() > args.class_threshold                    # (C,)
-        present = labels.nonzero()[:, 0]                                            # (K,) the classes of the image
-        levels = refined = torch.zeros(0, *size, dtype=torch.uint8)
+            view = F.interpolate(image, network.fitting_size(base), mode="bilinear", antialias=True)
+            s, alpha = usage.activate(network, view, trained["temperature"], trained["attention"])
+            has = usage.class_scores(s, alpha)[0].sigmoid().cpu() > args.class_threshold        # (C,)
+        present = has.nonzero()[:, 0]                                               # (K,) the classes of the image
+        maps = refined = torch.zeros(0, *size, dtype=torch.uint8)
         if len(present):
-            with usage.fast_autocast(device):
-                activations = usage.multi_scale_activations(network, image, base, scales, args.flip)
+            activations = usage.multi_scale_activations(network, image, base, args.scales, args.flip, args.affinity)
             activations = [s[:, present.to(device)] for s in activations]           # (1, C, h, w) -> (1, K, h, w)
-            ones = torch.ones(1, len(present), device=device)
-            scores = usage.seed_scores(activations, ones, size, network.align_corners)      # (1, K, H, W)
-            levels = (255 * scores[0]).round().byte().cpu()                         # (K, H, W), kept in 8 bits
+            exact = usage.seed_maps(activations, size)                              # (1, K, H, W)
+            maps = (255 * exact[0]).round().byte().cpu()                            # (K, H, W), kept in 8 bits
             if args.refine:
-                refined = (255 * usage.refine_scores(image, scores, args.threshold)[0]).round().byte().cpu()
-        write_results(folder, name, present, levels, refined if args.refine else None, args.threshold)
-        if rank == 0 and (done % 10 == 0 or done == len(todo)):
-            print("\r" + log.line(done, images=done), end="  ", flush=True)
+                refined = (255 * usage.refine_maps(image, exact, args.threshold)[0]).round().byte().cpu()
+        write_results(folder, name, present, maps, refined if args.refine else None, args.threshold)
+        print(log.line(1), end="", flush=True)
 
-    if world > 1:
+    # ---- what there is to see
+    if usage.WORLD > 1:
         torch.distributed.barrier()
-    if rank == 0:
-        if predicted:
-            labels = {name: [data.classes[c] for c in np.load(folder / f"scores/{name}.npz")["classes"]] for name in ids}
-            with usage.written(folder / "labels.json") as temporary:
-                temporary.write_text(json.dumps(labels, indent=0))
+    if usage.RANK > 0:
+        return
+    made = [name for name in ids if all(map(usage.is_there, results_of(folder, name, args.refine)))]
+    print()
+    if predicted:
+        found = {name: [data.classes[c] for c in usage.load_maps(folder / f"maps/{name}.npz")[0]] for name in made}
+        usage.write_json(folder / "labels.json", found)
+        print(f"{sum(map(len, found.values()))} classes found; {sum(not names for names in found.values())} of {len(made)} "
+              "images have none")
+    if args.images:
+        used = {data.images[name].name for name in made}
+        others = sorted(path.name + "/" * path.is_dir() for path in args.images.iterdir() if path.name not in used)
+        if others:
+            print(f"left out, as no photographs that can be read: {', '.join(others)}")
+    if made:
         columns = [folder / "seeds", *([folder / "pseudo_masks"] if args.refine else [])]
-        usage.save_contact_sheet(folder / "seeds.png", data, ids, columns, folder / "scores")
-        following = "" if predicted else f"python train_seg.py --run {folder}, or "
-        print(f"\n{folder / 'seeds.png'} shows some\nnext: {following}python eval.py --run {folder}")
+        save_contact_sheet(folder / "seeds.png", data, made, columns, folder / "maps")
+        print(f"{folder / 'seeds.png'} shows some")
+    run, following = shlex.quote(str(folder)), []
+    if not predicted:
+        following.append(f"python train_seg.py --run {run}")
+    if not args.images and data.has_masks(ids):
+        following.append(f"python eval.py --run {run}")
+    if following:
+        print(f"next: {', or '.join(following)}")
+
+
+# ======================================================================================================================
+# The contact sheet
+# ======================================================================================================================
+
+def save_contact_sheet(path, data, ids, folders, maps, width=180, height=120):
+    """Write one PNG of up to ten images: photograph | heat map of its strongest class | label maps | truth, if there is.
+
+    folders: of label maps <id>.png, a column each; maps: the folder of the seed maps. Tiles keep the photograph's shape.
+    A label map shows the names of its classes in their colours; one that is missing or broken leaves its place empty.
+    """
+    ids = [ids[k] for k in np.linspace(0, len(ids) - 1, min(10, len(ids))).round().astype(int)]
+    if any((data.masks / f"{name}.png").is_file() for name in ids):
+        folders = [*folders, data.masks]
+    headings = ["photograph", "heat map", *("truth" if folder == data.masks else folder.name for folder in folders)]
+    sheet = Image.new("RGB", (len(headings) * (width + 4), 20 + len(ids) * (height + 4)), "white")
+    palette, font, pen = usage.voc_palette(), ImageFont.load_default(11), ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        pen.text((column * (width + 4) + 3, 3), heading, "black", font)
+    for line, name in enumerate(ids):
+        photo = np.asarray(usage.read_image(data.images[name]), dtype=np.float32)       # (H, W, 3)
+        classes, kinds = usage.load_maps(maps / f"{name}.npz")
+        tiles = [(photo, []), (0.35 * photo, [("no class", "black")])]                  # pixels, and (text, colour) on them
+        if len(classes):
+            strongest = kinds["maps"].sum((1, 2)).argmax()
+            heat = 3 * kinds["maps"][strongest].numpy()[..., None] / 255 - np.arange(3)     # from black over red to white
+            grey = photo.mean(2, keepdims=True)
+            tiles[1] = 166 * heat.clip(0, 1) + 0.35 * grey, [(data.classes[classes[strongest]], "black")]
+        for folder in folders:
+            try:
+                mask = usage.read_mask(folder / f"{name}.png", photo.shape[:2], len(data.classes)).numpy()
+            except usage.InputError:
+                tiles.append((np.full_like(photo, 255), []))
+                continue
+            words = [(data.classes[c - 1], tuple(palette[c].tolist())) for c in np.unique(mask) if 0 < c < usage.VOID]
+            tiles.append((np.where(mask[..., None] > 0, 0.65 * palette[mask] + 0.35 * photo, photo), words))
+        for column, (pixels, words) in enumerate(tiles):
+            corner = column * (width + 4), 20 + line * (height + 4)
+            sheet.paste(ImageOps.contain(Image.fromarray(pixels.astype(np.uint8)), (width, height)), corner)
+            for k, (text, colour) in enumerate(words):
+                pen.text((corner[0] + 3, corner[1] + 2 + 12 * k), text, colour, font, stroke_width=2, stroke_fill="white")
+    with usage.written(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 if __name__ == "__main__":

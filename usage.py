@@ -1,19 +1,30 @@
 """USAGE in plain PyTorch: seed areas for weakly supervised semantic segmentation.
 
 Peng et al., "USAGE: A Unified Seed Area Generation Paradigm for Weakly Supervised Semantic Segmentation", ICCV 2023
-(arXiv 2303.07806). Three sections: 1. the paper, 2. the networks, 3. the data and the run folder. The functions of
-section 1 need `import torch` and `import torch.nn.functional as F` and nothing else, not even each other: copy any of
-them. `# PAPER` marks what the paper fixes, `# OURS` what it leaves open to us and why we chose so.
+(arXiv 2303.07806). "Source: Sec. 4.x" and `# PAPER` name what the paper fixes, `OURS` what it leaves open to us, and why
+we chose so.
 
-Letters: B images, C classes, D channels, h x w positions of the activation map (N = h*w), H x W pixels of the image,
-s activation, alpha spatial activation distribution, y in {0, 1} image-level labels.
+    1. The paper         Sec. 4.1  spatial_activation_distribution (alpha), class_scores (s~), generation_loss (L_GEN)
+                         Sec. 4.2  activation_unit (u), consistency_loss (L_REG), chance_loss, learning_status (q),
+                                   adjustment_rates, set_adjustment, ema_teacher
+    2. Seeds             seed_maps, spread_activations (patch affinity), label_map, refine_maps: the field's protocol
+    3. The networks      build_network: a CNN or a Transformer from images to activations; multi_scale_activations
+    4. The data          DataFolder, the one layout; Photographs, the one data set; readers of images, masks and text
+    5. The run folder    one-line errors, checkpoints, logs, settings, the training loop's frame, the contact sheet
+
+The functions of 1 and 2 need `import torch` and `import torch.nn.functional as F` and nothing else, not even each
+other: copy any of them.
+
+Letters: B images, C classes, K classes that an image has, D channels, h x w positions of the activation map (N = h*w),
+H x W pixels of the image, s activation, alpha spatial activation distribution, y in {0, 1} image-level labels, q learning
+status, u unit of L_REG; a dash marks the teacher's.
 """
 
-import colorsys
+import errno
+import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -26,13 +37,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
+from torchvision import tv_tensors
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
+
+try:
+    import fcntl                            # where there is none (Windows), nothing keeps two processes out of one folder
+except ImportError:
+    fcntl = None
 
 # ======================================================================================================================
 # 1. The paper
@@ -41,93 +58,110 @@ from torchvision.transforms import v2
 # ---- Sec. 4.1, activation shape controlling: the generation loss -----------------------------------------------------
 
 
-def spatial_activation_distribution(activations, temperature):
-    """How much each position contributes to the score of its class.
+def spatial_activation_distribution(activations, temperature, log=False):
+    """alpha: how much each position counts for the score of its class.
 
         alpha[c,i] = exp(s[c,i] / tau) / sum_j exp(s[c,j] / tau)
 
-    activations (B, C, h, w), any floating type -> alpha (B, C, h, w), float32, every map sums to 1.
-    temperature >= 0: `inf` is exactly uniform (CAM), 0 is exactly one-hot at the maximum, the first one on a tie (MIL).
-    Raises ValueError for a negative or NaN temperature. Source: Sec. 4.1.
+    activations (B, C, h, w), any floating type -> (B, C, h, w), float32, every map sums to 1; with `log` log alpha.
+    temperature (tau) >= 0: `inf` is exactly uniform (CAM), 0 exactly one-hot at the maximum, the first one on a tie
+    (MIL). Raises ValueError for a negative or NaN temperature, and for 0 with `log`. Source: Sec. 4.1.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if not temperature >= 0 or (log and temperature == 0):
+        raise ValueError(f"temperature must be >= 0, for log alpha > 0, got {temperature}")
     s = activations.float().flatten(2)                                              # (B, C, h, w) -> (B, C, N)
     if temperature == 0:
         alpha = torch.zeros_like(s).scatter_(-1, s.argmax(-1, keepdim=True), 1.0)
     else:
-        alpha = torch.softmax((s - s.amax(-1, keepdim=True).detach()) / temperature, -1)    # the shift avoids overflow
+        alpha = (torch.log_softmax if log else torch.softmax)(s / temperature, -1)
     return alpha.view(activations.shape)                                            # (B, C, N) -> (B, C, h, w)
 
 
 def class_scores(activations, alpha):
-    """The score of each class: its activations, weighted by its distribution.
+    """s~: the score of each class, its activations weighted by its distribution.
 
         s~[c] = sum_i alpha[c,i] * s[c,i]
 
-    activations (B, C, h, w), alpha (B, C, h, w) or (B, 1, h, w) for one distribution shared by all classes, such as a
-    class token's attention -> (B, C), float32, unbounded. Source: Sec. 4.1.
+    activations (B, C, h, w), alpha (B, C, h, w) or (B, 1, h, w) -> (B, C), float32, unbounded. Source: Sec. 4.1.
     """
     return (alpha * activations.float()).sum((2, 3))                                # (B, C, h, w) -> (B, C)
 
 
-def generation_loss(activations, labels, temperature):
-    """L_GEN: classify the image through alpha, so that the temperature controls the shape of the seed.
+def generation_loss(activations, alpha, labels):
+    """L_GEN: classify the image through alpha, whose shape then shapes the seed.
 
-        alpha = softmax over positions of s / tau1,   s~[c] = sum_i alpha[c,i] * s[c,i]
+        s~[c] = sum_i alpha[c,i] * s[c,i]
         L_GEN = - mean over images and classes of  y log sigmoid(s~) + (1 - y) log sigmoid(-s~)
 
-    activations (B, C, h, w), labels (B, C) in {0, 1}, temperature (tau1) in [0, inf] -> scalar >= 0, float32.
-    inf: global average pooling, plain CAM. 0: max pooling, multiple-instance learning.
-    Raises ValueError for a negative or NaN temperature. Source: Sec. 4.1.
+    activations (B, C, h, w), alpha (B, C, h, w) or (B, 1, h, w), labels (B, C) in {0, 1} -> scalar >= 0, float32.
+    The choice of alpha: uniform is CAM; one-hot at the maximum is multiple-instance learning; one distribution for all
+    classes, such as a class token's attention, is class-to-patch attention; everything between is a temperature of
+    `spatial_activation_distribution`. Source: Sec. 4.1.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be >= 0, got {temperature}")
-    s = activations.float().flatten(2)                                              # (B, C, h, w) -> (B, C, N)
-    if temperature == 0:
-        scores = s.max(-1).values                                                   # (B, C, N) -> (B, C)
-    else:
-        alpha = torch.softmax((s - s.amax(-1, keepdim=True).detach()) / temperature, -1)
-        scores = (alpha * s).sum(-1)                                                # (B, C, N) -> (B, C)
+    scores = (alpha * activations.float()).sum((2, 3))                              # (B, C, h, w) -> (B, C)
     return F.multilabel_soft_margin_loss(scores, labels.float())
 
 
 # ---- Sec. 4.2, activation shape regularization: two views by network adjustment --------------------------------------
 
 
-def consistency_loss(student_alpha, teacher_alpha, labels):
+def activation_unit(teacher_activations):
+    """u: the unit in which student and teacher are compared, so that one tau2 fits networks of any scale.
+
+        u[c] = max(1, standard deviation over positions of s'[c,i])
+
+    teacher_activations (s', B, C, h, w) -> (B, C, 1, 1), float32, >= 1, without gradient. OURS: the activations of a
+    CNN reach into the tens, where a softmax at a fixed temperature is one-hot; not below 1, lest noise be blown up.
+    """
+    return teacher_activations.detach().float().std((2, 3), correction=0, keepdim=True).clamp_min(1)
+
+
+def consistency_loss(student_log_alpha, teacher_alpha, labels):
     """L_REG: pull the student's distribution to the teacher's, for the classes that the image has.
 
-        L_REG = mean over pairs (image, c) with y[c] = 1 of  sum_i alpha'[c,i] * log(alpha'[c,i] / alpha[c,i])
+        alpha = softmax over i of s[c,i] / (u[c] * tau2),     alpha' = softmax over i of s'[c,i] / (u[c] * tau2')
+        L_REG = mean over pairs (image, c) with y[c] = 1 of  sum_i alpha'[c,i] * (log alpha'[c,i] - log alpha[c,i])
 
-    with alpha the student's and alpha' the teacher's: KL(teacher || student).
-    OURS: the digest of the paper does not name the distance; KL is the usual one between distributions.
+    with s the student's activations, s' the teacher's, u the `activation_unit`: KL(teacher || student).
+    OURS: the digest of the paper does not name the distance; KL is the usual one between distributions. A tau2' below tau2
+    makes the target sharper than an equal student: L_REG then also raises the contrast of s, and keeps student and teacher
+    from pulling each other towards flat maps.
 
-    student_alpha, teacher_alpha (B, C, h, w), maps summing to 1; labels (B, C) in {0, 1} -> scalar >= 0, float32.
-    No gradient reaches the teacher. 0 when both agree; 0 with zero gradients when no class is present. Source: Sec. 4.2.
+    student_log_alpha (B, C, h, w), log-probabilities, so that the gradient lives where the student's alpha underflows;
+    teacher_alpha (B, C, h, w), probabilities, zeros allowed; labels (B, C) in {0, 1} -> scalar >= 0, float32.
+    No gradient reaches the teacher. 0 with zero gradients when no class is present. Source: Sec. 4.2.
     """
-    student, target = student_alpha.float(), teacher_alpha.detach().float()
-    tiny = torch.finfo(torch.float32).tiny                                          # log 0 would be -inf, 0 * -inf NaN
-    divergence = target * (target.clamp_min(tiny).log() - student.clamp_min(tiny).log())    # (B, C, h, w)
+    divergence = F.kl_div(student_log_alpha.float(), teacher_alpha.detach().float(), reduction="none")
     present = labels.float()
-    return (divergence.sum((2, 3)) * present).sum() / present.sum().clamp_min(1)
+    return (divergence.sum((2, 3)) * present).sum() / present.sum().clamp_min(1)    # (B, C, h, w) -> scalar
 
 
-def learning_status(running_loss):
-    """How far the classifier has come: 0 before anything is learnt, towards 1 as L_GEN falls.
+def chance_loss(labels):
+    """The L_GEN that class frequencies alone reach, without a look at the image.
 
-        q = clip(1 - running L_GEN / log 2, 0, 1)
+        chance = - mean over classes of  p[c] log p[c] + (1 - p[c]) log(1 - p[c]),   p[c] the share of images with c
 
-    OURS: the paper adapts to the learning status; log 2, the L_GEN of a network that knows nothing, gives it a scale.
-    running_loss float >= 0 -> float in [0, 1]. Raises ValueError for a negative or NaN loss. Source: Sec. 4.2.
+    labels (images, C) in {0, 1}, of the whole training set -> float in [0, log 2]; 0 if no class tells images apart.
     """
-    if not running_loss >= 0:
-        raise ValueError(f"running_loss must be >= 0, got {running_loss}")
-    return max(0.0, 1.0 - running_loss / 0.6931471805599453)                        # log 2
+    p = labels.double().mean(0)                                                     # (images, C) -> (C,)
+    return (torch.special.entr(p) + torch.special.entr(1 - p)).mean().item()
+
+
+def learning_status(running_loss, chance_loss):
+    """q: how far the classifier has come: 0 until it beats chance, towards 1 as L_GEN falls.
+
+        q = clip(1 - running L_GEN / chance, 0, 1)
+
+    OURS: the paper adapts to the learning status; what the frequencies of the classes alone reach gives it a scale.
+    running_loss >= 0, chance_loss > 0, floats -> float in [0, 1]. Raises ValueError otherwise. Source: Sec. 4.2.
+    """
+    if not (running_loss >= 0 and chance_loss > 0):
+        raise ValueError(f"running_loss must be >= 0 and chance_loss > 0, got {running_loss} and {chance_loss}")
+    return max(0.0, 1.0 - running_loss / chance_loss)
 
 
 def adjustment_rates(status, max_rate, weak_ratio):
-    """Drop rates of the two views: strong for the student, weak for the teacher, both growing as the network learns.
+    """Drop rates of the two views: strong for the student, weak for the teacher, both growing with the learning status.
 
         strong = max_rate * q,   weak = weak_ratio * strong
 
@@ -141,17 +175,18 @@ def adjustment_rates(status, max_rate, weak_ratio):
 
 
 def set_adjustment(network, rate):
-    """Adjust a network: drop whole residual branches, the deeper the likelier, and features before the classifier.
+    """Adjust a network by drop-path and dropout: residual branches, deeper ones likelier, features before the classifier.
 
-    Sets `p` of every StochasticDepth (torchvision's; found by its name) to `rate * k / K` for the k-th of K in module
-    order, and `p` of `network.dropout` to `rate`. Both act in training mode only; at rate 0 the network is exactly the
-    plain one. rate in [0, 1], ValueError outside of it. Source: Sec. 4.2.
+    Sets `p` of every StochasticDepth (torchvision's drop-path, which drops a branch for single images; found by its name)
+    to `rate * l / L` for the l-th of L in module order, and `p` of `network.dropout` to `rate`. Both act in training mode
+    only; at rate 0 the network is exactly the plain one. rate in [0, 1], ValueError outside of it. Source: Sec. 4.2; OURS:
+    branches and features, where the paper's figure shows parts of layers dropped.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate}")
     branches = [module for module in network.modules() if type(module).__name__ == "StochasticDepth"]
-    for k, branch in enumerate(branches, start=1):
-        branch.p = rate * k / len(branches)                     # PAPER: grows with depth; OURS: linearly, the usual way
+    for l, branch in enumerate(branches, start=1):            
+        branch.p = rate * l / len(branches)                     # PAPER: grows with depth; OURS: linearly, the usual way
     network.dropout.p = rate
 
 
@@ -160,107 +195,116 @@ def ema_teacher(student, decay):
 
         teacher <- decay * teacher + (1 - decay) * student,   at each call of `teacher.update_parameters(student)`
 
-    The first call copies the student. The averaged network is `teacher.module`. decay in [0, 1]. Source: Sec. 4.2.
+    The first call copies the student. The averaged network is `teacher.module`; called in training mode, so that its
+    adjustment acts, it also moves its own BatchNorm statistics, which the next average then mixes with the student's.
+    decay in [0, 1]. Source: Sec. 4.2.
     """
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     return torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)
 
 
-# ---- Seeds: the protocol of the field (IRN, SEAM, MCTformer) ---------------------------------------------------------
+# ======================================================================================================================
+# 2. Seeds and pseudo masks: the field's protocol, not the paper
+# ======================================================================================================================
 
 
-def seed_scores(activations, labels, size, align_corners=False):
-    """From activations at several scales and flips to the seed scores of one image size.
+def seed_maps(activations, size):
+    """From activations at several scales and flips to one map for each class, of the image's size.
 
-        seed[c] = ReLU(s[c]) / max_i ReLU(s[c,i]),   s = sum over scales and flips,   0 for classes the image has not
+        seed[c] = m[c] / max_i m[c,i],   m = sum over scales and flips of ReLU(s), enlarged bilinearly
 
-    activations: a list of (B, C, h_k, w_k), flips already mirrored back; labels (B, C) in {0, 1}; size (H, W);
-    align_corners as in F.interpolate (see section 2) -> (B, C, H, W) in [0, 1], float32.
-    Source: IRN (Ahn et al., CVPR 2019) and MCTformer (Xu et al., CVPR 2022), whose protocol the paper follows.
+    activations: a list of (B, K, h_k, w_k), of the present classes, flips already mirrored back; size (H, W) ->
+    (B, K, H, W) in [0, 1], float32; 0 where a class is positive nowhere.
+    Source: IRN (Ahn et al., CVPR 2019), MCTformer (Xu et al., CVPR 2022). Like theirs, the maps of a CNN are enlarged with
+    align_corners=False, although their outermost positions lie on the image's edge: it moves everything away from the
+    middle, by (k + 1) / k at a side of 16k + 1. IRN enlarges to the next multiple of 16 and cuts; we enlarge to the size.
     """
-    total = 0.0
-    for s in activations:
-        total = total + F.interpolate(s.float(), size, mode="bilinear", align_corners=align_corners)   # (B, C, H, W)
-    total = total.relu() * labels[:, :, None, None]
+    total = sum(F.interpolate(s.float().relu(), size, mode="bilinear", align_corners=False) for s in activations)
     return total / total.amax((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def label_map(scores, threshold, classes=None):
+def spread_activations(activations, affinity):
+    """Patch affinity, for Transformers: each patch takes on the activations of the patches that it attends to.
+
+        s[c,i] <- sum_j A[i,j] * ReLU(s[c,j])
+
+    activations (B, C, h, w), affinity (B, N, N): attention among patches, rows attend to columns -> (B, C, h, w),
+    float32, >= 0.
+    Source: MCTformer (Xu et al., CVPR 2022), which sums A over all blocks.
+    """
+    s = activations.float().relu().flatten(2)                                       # (B, C, h, w) -> (B, C, N)
+    return (s @ affinity.float().transpose(1, 2)).view(activations.shape)           # (B, C, N) -> (B, C, h, w)
+
+
+def label_map(maps, threshold, classes=None):
     """The strongest class of each pixel, background (0) where no class exceeds the threshold.
 
-    scores (B, C, H, W), threshold in the same unit; classes (C,), their numbers, where scores hold only some, or none, of
-    them -> (B, H, W) int64 with 0 background and c + 1 for class c.
+    maps (B, K, H, W), threshold in the same unit; classes (K,), the numbers of the classes that the maps are of, where
+    they are not 0 ... K - 1 -> (B, H, W) int64 with 0 background and c + 1 for class c.
     """
-    if not scores.shape[1]:
-        return torch.zeros_like(scores.sum(1), dtype=torch.int64)
-    best, winner = scores.max(1)                                                    # (B, C, H, W) -> (B, H, W)
-    return torch.where(best > threshold, (winner if classes is None else classes[winner]) + 1, 0)
+    winner = F.pad(maps, (0, 0, 0, 0, 1, 0), value=threshold).argmax(1)             # (B, H, W), 0 where none exceeds it
+    return winner if classes is None else F.pad(classes + 1, (1, 0))[winner]
 
 
-# ---- Pseudo masks: pixel-adaptive mask refinement, in the place where the authors use PSA -----------------------------
-
-
-def refine_scores(images, scores, threshold, dilations=(1, 2, 4, 8, 12, 24), iterations=20):
-    """Let the edges of seed scores follow those of the image: each pixel takes over from neighbours that look like it.
+def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterations=20):
+    """Pixel-adaptive mask refinement: each pixel of a seed map takes on the values of neighbours that look like it.
 
         p[i] = sigmoid((seed[i] - threshold) / 0.1)
         a[i,j] = softmax over j of  - mean over colours |x[i] - x[j]| / (0.1 * sigma[i])
-        p[i] <- sum_j a[i,j] * p[j],  `iterations` times;   back to a score by  threshold + 0.1 * logit(p)
+        p[i] <- sum_j a[i,j] * p[j],  `iterations` times;   back to a map by  threshold + 0.1 * logit(p)
 
-    j runs over the 8 neighbours at each dilation, sigma[i] is the deviation of a colour among all of them.
-    images (B, 3, H, W) in any unit, scores (B, C, H, W) in [0, 1], threshold in [0, 1] -> (B, C, H, W) in [0, 1], on
+    j runs over the 8 neighbours at each dilation; sigma[i] is the deviation of a colour among these 48.
+    images (B, 3, H, W) in any unit, maps (B, K, H, W) in [0, 1], threshold in [0, 1] -> (B, K, H, W) in [0, 1], on
     which the threshold means what it did before. Works at a longer side of 160 pixels at most.
-    Source: Araslanov & Roth, CVPR 2020, whose 0.1 and dilations these are. OURS: p, so that the threshold is the
-    background's score, as in AFA (Ru et al., CVPR 2022); 20 iterations for their 10; the 160 pixels, which widen the
-    reach and cost a quarter of the time: on photographs each of the three gave more than it took.
+    Source: PAMR (Araslanov & Roth, CVPR 2020), whose dilations and whose 0.1 in a these are; it takes sigma over 54, the
+    centre once for each dilation. OURS: p and its width of 0.1, so that the threshold is the background's value, as in AFA
+    (Ru et al., CVPR 2022); 20 iterations for their 10; the 160 pixels, which widen the reach and take less time.
     """
-    size, shrink = scores.shape[-2:], min(1, 160 / max(scores.shape[-2:]))
+    size, shrink = maps.shape[-2:], min(1, 160 / max(maps.shape[-2:]))
     h, w = (max(1, round(side * shrink)) for side in size)
     x = F.interpolate(images.float(), (h, w), mode="bilinear", align_corners=False, antialias=True)
-    p = F.interpolate(((scores.float() - threshold) / 0.1).sigmoid(), (h, w), mode="bilinear", align_corners=False)
+    p = F.interpolate(((maps.float() - threshold) / 0.1).sigmoid(), (h, w), mode="bilinear", align_corners=False)
     reach = max(dilations)
     corners = [(reach + d * dy, reach + d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
 
-    def neighbours(maps):
-        """8 maps a dilation, each shifted towards one neighbour."""
-        padded = F.pad(maps, (reach,) * 4, mode="replicate")
+    def neighbours(picture):
+        """48 copies, each shifted towards one neighbour."""
+        padded = F.pad(picture, (reach,) * 4, mode="replicate")
         return [padded[..., y:y + h, x:x + w] for y, x in corners]
 
-    around = torch.stack(neighbours(x))                                             # (J, B, 3, h, w)
-    sigma = around.std(0) + 1e-8                                                    # (B, 3, h, w)
-    a = torch.softmax(-((around - x).abs() / (0.1 * sigma)).mean(2), 0)             # (J, B, h, w)
+    around = torch.stack(neighbours(x))                                             # (48, B, 3, h, w)
+    sigma = torch.linalg.vector_norm(around - around.mean(0), dim=0) / (len(around) - 1) ** 0.5 + 1e-8  # (B, 3, h, w)
+    a = torch.softmax(around.sub_(x).abs_().div_(-0.1 * sigma).mean(2), 0)[:, :, None]  # (48, B, 1, h, w), in place: faster
     for _ in range(iterations):
-        p = sum(weight[:, None] * neighbour for weight, neighbour in zip(a, neighbours(p)))     # (B, C, h, w)
+        spread = torch.zeros_like(p)                                                # (B, K, h, w)
+        for weight, neighbour in zip(a, neighbours(p)):
+            spread.addcmul_(weight, neighbour)
+        p = spread
     p = F.interpolate(p, size, mode="bilinear", align_corners=False).clamp(1e-6, 1 - 1e-6)
-    return (threshold + 0.1 * p.logit()).clamp(0, 1)                                # (B, C, H, W)
+    return (threshold + 0.1 * p.logit()).clamp(0, 1)                                # (B, K, H, W)
 
 
 # ======================================================================================================================
-# 2. The networks
+# 3. The networks
 # ======================================================================================================================
 
 CNNS = ("mobilenet_v2", "resnet18", "resnet50", "resnet101")
-DEITS = {  # name: width D, attention heads, checkpoint of Touvron et al. (facebookresearch/deit)
-    "deit_tiny": (192, 3, "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"),
-    "deit_small": (384, 6, "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"),
-    "deit_base": (768, 12, "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"),
-}
+DEITS = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}      # width D, attention heads
 BACKBONES = CNNS + tuple(DEITS)
 STRIDE = 16                     # one position of the map for 16 x 16 pixels: the field's custom, and DeiT's patch
+AFFINITY_BLOCKS = 6             # OURS: patch affinity is the mean over the last blocks, see EVIDENCE; MCTformer's over all
 TO_TENSOR = v2.Compose([        # a PIL image -> (3, H, W), with ImageNet's mean and deviation
     v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))])
 
 
 class ActivationNetwork(nn.Module):
-    """Images (B, 3, H, W) of any size, normalised as by TO_TENSOR -> activations (B, C, h, w).
+    """Images (B, 3, H, W) of any size, normalised as by TO_TENSOR -> activations (B, C, h, w); here of a CNN.
 
-    s[c,i] = w_c . f_i + b_c: a 1x1 convolution on the features f, without ReLU. `align_corners` says where the
-    outermost positions of the map sit, in F.interpolate's sense: on the image's corner pixels (CNN, exactly so at sides
-    of 16k + 1) or in the middle of equal cells (Transformer, sides of 16k).
+    s[c,i] = w_c . f_i + b_c: a 1x1 convolution on the features f, without ReLU. h = ceil(H / 16).
     """
 
-    align_corners: bool
+    beyond = 1                                                  # the outermost positions are corner pixels at 16k + 1
 
     def __init__(self, trunk, channels, num_classes):
         super().__init__()
@@ -269,33 +313,26 @@ class ActivationNetwork(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
 
     def features(self, images):
-        """(B, 3, H, W) -> (B, D, h, w); each kind of network has its own."""
-        raise NotImplementedError
+        """(B, 3, H, W) -> (B, D, h, w)."""
+        return self.trunk(images)
 
     def forward(self, images):
         return self.classifier(self.dropout(self.features(images)))                 # (B, D, h, w) -> (B, C, h, w)
 
-
-class ConvolutionalNetwork(ActivationNetwork):
-    """A torchvision CNN at stride 16: h = ceil(H / 16)."""
-
-    align_corners = True
-
-    def features(self, images):
-        """(B, 3, H, W) -> (B, D, h, w)."""
-        return self.trunk(images)
+    def fitting_size(self, size):
+        """An (H, W) near `size` on which positions fall evenly."""
+        return tuple(max(1, round(side / STRIDE)) * STRIDE + self.beyond for side in size)
 
 
 class TransformerNetwork(ActivationNetwork):
     """A torchvision VisionTransformer whose patches are the positions; other sides are resized to the next 16k."""
 
-    align_corners = False
+    beyond = 0                                                  # patches fill sides of 16k
 
     def features(self, images, return_attention=False):
-        """(B, 3, H, W) -> (B, D, h, w), with `return_attention` also the class token's attention (B, 1, h, w).
+        """(B, 3, H, W) -> (B, D, h, w), with `return_attention` also each block's attention (B, blocks, 1 + N, 1 + N).
 
-        The attention is the mean over heads and blocks (OURS: all blocks, so that no depth is chosen), rescaled to sum
-        to 1 over the patches: one more alpha for `class_scores`.
+        Attention: rows attend to columns, the class token first, the mean over heads.
         """
         encoder = self.trunk.encoder
         h, w = (math.ceil(side / STRIDE) for side in images.shape[-2:])
@@ -303,73 +340,64 @@ class TransformerNetwork(ActivationNetwork):
             images = F.interpolate(images, (h * STRIDE, w * STRIDE), mode="bilinear", align_corners=False)
         patches = self.trunk.conv_proj(images).flatten(2).transpose(1, 2)           # (B, D, h, w) -> (B, N, D)
         tokens = torch.cat([self.trunk.class_token.expand(len(images), -1, -1), patches], 1)    # (B, 1 + N, D)
-        tokens = encoder.dropout(tokens + self.position_embedding(h, w))
-        attention = 0.0
+        tokens, attention = tokens + self.position_embedding(h, w), []
         for block in encoder.layers:
-            if not return_attention:
-                tokens = block(tokens)
-                continue
-            query = block.ln_1(tokens)                                              # the block's own steps, one by one
-            change, weights = block.self_attention(query, query, query)
+            query = block.ln_1(tokens)
+            change, weights = block.self_attention(query, query, query, need_weights=return_attention)
             tokens = tokens + block.dropout(change)
             tokens = tokens + block.mlp(block.ln_2(tokens))
-            attention = attention + weights[:, :1, 1:].float()                      # (B, 1, N), mean over heads
+            attention.append(weights)
         features = encoder.ln(tokens)[:, 1:].transpose(1, 2).unflatten(2, (h, w))   # (B, 1 + N, D) -> (B, D, h, w)
-        if not return_attention:
-            return features
-        return features, (attention / attention.sum(-1, keepdim=True)).unflatten(2, (h, w))
+        return (features, torch.stack(attention, 1).float()) if return_attention else features
 
     def position_embedding(self, h, w):
         """The embedding of the class token and of a h x w grid of patches: (1, 1 + h*w, D), interpolated (bicubic)."""
         embedding = self.trunk.encoder.pos_embedding                                # (1, 1 + n*n, D)
         side = math.isqrt(embedding.shape[1] - 1)
-        if (h, w) == (side, side):
-            return embedding
         grid = embedding[:, 1:].transpose(1, 2).unflatten(2, (side, side))          # (1, D, n, n)
         grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
         return torch.cat([embedding[:, :1], grid], 1)
 
     def forward(self, images, return_attention=False):
-        """(B, 3, H, W) -> activations (B, C, h, w), with `return_attention` also the attention (B, 1, h, w)."""
+        """(B, 3, H, W) -> activations (B, C, h, w), with `return_attention` also `features`' attention."""
         if not return_attention:
             return super().forward(images)
         features, attention = self.features(images, return_attention=True)
         return self.classifier(self.dropout(features)), attention
 
 
-def build_network(backbone, num_classes, weights="none"):
+def build_network(backbone, num_classes, state=None):
     """A network from images to activations, with drop-path on every residual branch, all rates 0.
 
-    backbone: one of BACKBONES. weights: "none"; "imagenet", torchvision's for CNNs (version 1, on which the field's
-    CAMs are made) and DeiT's published ones; or the path of a file: a state dict in torchvision's naming or in DeiT's.
-    The classifier is new in every case. Raises InputError for an unknown backbone, a file that does not fit and a
-    download that fails.
+    backbone: one of BACKBONES; state: torchvision's state dict of it without the classifier, which is new in every case.
+    Raises InputError for an unknown backbone and RuntimeError for a state that does not fit.
     """
     if backbone not in BACKBONES:
         raise InputError(f"unknown backbone {backbone!r}: take one of {', '.join(BACKBONES)}")
     if backbone in DEITS:
-        width, heads, _ = DEITS[backbone]
-        trunk = torchvision.models.VisionTransformer(224, STRIDE, 12, heads, width, mlp_dim=4 * width)
-        trunk.heads, kind = nn.Identity(), TransformerNetwork
+        channels, heads = DEITS[backbone]
+        trunk = torchvision.models.VisionTransformer(224, STRIDE, 12, heads, channels, mlp_dim=4 * channels)
+        trunk.heads = nn.Identity()
+    elif backbone == "mobilenet_v2":
+        model = torchvision.models.mobilenet_v2()
+        trunk, channels = model.features, model.last_channel
     else:
-        trunk, kind = torchvision.models.get_model(backbone), ConvolutionalNetwork
-    if weights != "none":
-        load_pretrained(trunk, backbone, weights)
-    if backbone == "mobilenet_v2":
-        trunk, channels = trunk.features, trunk.last_channel
-        keep_stride(trunk[14:])
-    elif backbone in CNNS:
-        channels = trunk.fc.in_features
-        keep_stride(trunk.layer4)
-        trunk = nn.Sequential(OrderedDict(list(trunk.named_children())[:-2]))       # without avgpool and fc
-    else:
-        channels = width
+        model = torchvision.models.get_model(backbone)
+        trunk = nn.Sequential(OrderedDict(list(model.named_children())[:-2]))       # without avgpool and fc
+        channels = model.fc.in_features
+    if state is not None:
+        trunk.load_state_dict(state)
+    if backbone in CNNS:
+        keep_stride(trunk[14:] if backbone == "mobilenet_v2" else trunk.layer4)     # what goes from stride 16 to 32
     add_drop_path(trunk)
-    return kind(trunk, channels, num_classes)
+    return (TransformerNetwork if backbone in DEITS else ActivationNetwork)(trunk, channels, num_classes)
 
 
 def keep_stride(stage):
-    """Let the stage that would go from stride 16 to 32 stay at 16, dilating what follows its strided convolution."""
+    """Let the stage that would go from stride 16 to 32 stay at 16, dilating what follows its strided convolution.
+
+    OURS: IRN does not dilate there; dilated, a pretrained layer sees what it was trained on.
+    """
     for conv in (module for module in stage.modules() if isinstance(module, nn.Conv2d)):
         if conv.stride == (2, 2):
             conv.stride = (1, 1)
@@ -393,76 +421,38 @@ def add_drop_path(trunk):
             block.mlp.append(drop_path())
 
 
-def load_pretrained(trunk, backbone, weights):
-    """Load ImageNet weights into a torchvision network without its classifier. See `build_network` for `weights`."""
-    try:
-        if weights == "imagenet" and backbone in DEITS:
-            state = torch.hub.load_state_dict_from_url(DEITS[backbone][2], progress=False, check_hash=True)
-        elif weights == "imagenet":
-            versions = torchvision.models.get_model_weights(backbone)
-            state = versions["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
-        else:
-            state = load_checkpoint(weights, "pass --weights imagenet, none, or the path of a state dict")
-    except (OSError, RuntimeError) as error:                    # no network, a full disk; another hash
-        raise InputError(f"the ImageNet weights of {backbone} could not be downloaded ({error}): pass --weights FILE "
-                         "with a state dict, or --weights none") from error
-    state = state.get("model", state)                           # DeiT's files keep the weights under this key
-    if "patch_embed.proj.weight" in state:
-        state = convert_deit(state)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(("fc.", "classifier.", "heads."))}
-    try:
-        missing, unexpected = trunk.load_state_dict(state, strict=False)
-    except (RuntimeError, AttributeError) as error:             # another shape; not a state dict
-        missing, unexpected = [str(error).splitlines()[-1].strip()], []
-    wrong = [name for name in missing + unexpected if not name.startswith(("fc.", "classifier.", "heads."))]
-    if wrong:
-        raise InputError(f"weights {weights} do not fit {backbone} (first: {wrong[0]}): pass the --backbone they were "
-                         "made for")
+def activate(network, images, temperature, attention=False):
+    """Activations, and the alpha that L_GEN weighs them by: of a temperature, or the class token's attention.
+
+    images (B, 3, H, W) -> s (B, C, h, w) and alpha (B, C, h, w), or with `attention` (B, 1, h, w): the mean over heads
+    and blocks (OURS: all blocks, so that no depth is chosen), rescaled to sum to 1 over the patches.
+    """
+    with fast_autocast(images.device):
+        s, weights = network(images, return_attention=True) if attention else (network(images), None)
+    if not attention:
+        return s, spatial_activation_distribution(s, temperature)
+    weights = weights[:, :, 0, 1:].mean(1)                                          # (B, blocks, 1 + N, 1 + N) -> (B, N)
+    return s, (weights / weights.sum(1, keepdim=True)).view(len(s), 1, *s.shape[2:])
 
 
-def convert_deit(state):
-    """DeiT's published names -> torchvision's VisionTransformer's: a state dict without the classifier."""
-    renames = (("blocks.", "encoder.layers.encoder_layer_"), (".norm1.", ".ln_1."), (".norm2.", ".ln_2."),
-               (".attn.qkv.", ".self_attention.in_proj_"), (".attn.proj.", ".self_attention.out_proj."),
-               (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.3."), ("patch_embed.proj.", "conv_proj."),
-               ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"))
-    converted = {}
-    for name, tensor in state.items():
-        if name.startswith("norm."):
-            name = "encoder.ln." + name.removeprefix("norm.")
-        for theirs, ours in renames:
-            name = name.replace(theirs, ours)
-        if not name.startswith("head"):
-            converted[name] = tensor
-    return converted
-
-
-def fitting_size(size, align_corners):
-    """The (H, W) nearest to `size` on which positions fall exactly: 16k + 1 with aligned corners, else 16k."""
-    return tuple(max(1, round(side / STRIDE)) * STRIDE + int(align_corners) for side in size)
-
-
-def multi_scale_activations(network, image, base, scales, flip):
+def multi_scale_activations(network, image, base, scales, flip, affinity=False):
     """Activations of one image at several scales, each with its mirror image.
 
-    image (1, 3, H, W); base (H, W) of scale 1, changed to a `fitting_size`; scales, a list of floats; flip, a bool ->
-    a list of (1, C, h_k, w_k), mirrored back, one for each scale and flip.
+    image (1, 3, H, W); base (H, W) of scale 1, changed to a `fitting_size`; scales, a list of floats; flip, a bool;
+    affinity: spread them by the patches' attention -> a list of (1, C, h_k, w_k), mirrored back, for each scale and flip.
     """
     activations = []
     for scale in scales:
-        size = fitting_size((base[0] * scale, base[1] * scale), network.align_corners)
+        size = network.fitting_size([scale * side for side in base])
         view = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
         view = torch.cat([view, view.flip(-1)]) if flip else view                   # (1 or 2, 3, H_k, W_k)
-        s = network(view.contiguous(memory_format=torch.channels_last))
+        view = view.contiguous(memory_format=torch.channels_last)
+        with fast_autocast(image.device):
+            s, attention = network(view, return_attention=True) if affinity else (network(view), None)
+        if affinity:
+            s = spread_activations(s, attention[:, -AFFINITY_BLOCKS:, 1:, 1:].mean(1))
         activations += [s[:1], s[1:].flip(-1)] if flip else [s]
     return activations
-
-
-def score_images(network, images, temperature, attention=False):
-    """The class scores s~ that L_GEN sees: images (B, 3, H, W) -> (B, C), float32; `attention` as in train_cls.py."""
-    with fast_autocast(images.device):
-        s, alpha = network(images, return_attention=True) if attention else (network(images), None)
-    return class_scores(s, spatial_activation_distribution(s, temperature) if alpha is None else alpha)
 
 
 def freeze_batchnorm(network):
@@ -483,317 +473,182 @@ def fast_autocast(device):
 
 
 # ======================================================================================================================
-# 3. The data and the run folder
+# 4. The data
 # ======================================================================================================================
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
 VOID = 255                      # the value of mask pixels that no metric and no loss counts
 
-# ---- Reading: the layouts of PASCAL VOC and MS COCO ------------------------------------------------------------------
-
 
 class InputError(Exception):
     """Something the user gave cannot be used; the message is one line that says what to do."""
 
 
+def fail(message):
+    """Raise InputError: what argparse calls instead of its own usage text."""
+    raise InputError(message)
+
+
 @contextmanager
-def one_line_errors(how_to_go_on):
-    """End a script on bad input, a full disk or Ctrl-C with one line on stderr: exit code 2, for Ctrl-C 130.
-
-    A script that comes to its end leaves torchrun's process group.
-    """
-    owner, name = os.getpid(), Path(sys.argv[0]).name
-
-    def stop(*_):                           # at once: an exception can get lost in a callback, and no file is half written
-        if os.getpid() == owner:            # loaders' workers leave it to the process that they work for
-            os.write(2, f"\n{name}: interrupted; {how_to_go_on}\n".encode())
-            os._exit(130)
-    before = signal.signal(signal.SIGINT, stop)
+def reading(path, remedy):
+    """Whatever fails inside becomes an InputError: the path, the reason in short, and the remedy."""
     try:
         yield
-    except InputError as error:             # out of a loader's worker it comes with a traceback around its message
-        message, code = str(error).strip().splitlines()[-1].removeprefix("usage.InputError: "), 2
-    except OSError as error:
-        message, code = f"{error}: make room or give access there, then {how_to_go_on}", 2
-    except torch.OutOfMemoryError:
-        message, code = "the device's memory is full: pass a smaller --batch-size or --size", 2
-    else:
-        if torch.distributed.is_initialized():                  # its threads must end before Python does
-            torch.distributed.destroy_process_group()
-        return
-    finally:
-        signal.signal(signal.SIGINT, before)
-    sys.stderr.write(f"\n{name}: {message}\n")
-    sys.stderr.flush()
-    os._exit(code) if torch.distributed.is_initialized() else sys.exit(code)    # other processes may wait in a collective
+    except InputError:
+        raise
+    except Exception as error:                                  # PIL, torch and json raise dozens of kinds on broken files
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise InputError(f"{path}: {' '.join(reason.split())[:160]}; {remedy}") from error
 
 
-class VocFolder:
-    """A data set in PASCAL VOC's layout.
+def read_lines(path, remedy):
+    """The lines of a UTF-8 text, with or without a byte order mark, stripped, without empty ones; at least one."""
+    with reading(path, f"{remedy}, as UTF-8"):
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    return [line for line in lines if line] or fail(f"{path}: is empty; {remedy}")
 
-        JPEGImages/<id>.jpg (or .png)      SegmentationClass/<id>.png, only opened to evaluate
-        ImageSets/Segmentation/<split>.txt an id a line
-        labels.json                        {id: [class names]}; without it Annotations/<id>.xml
-        classes.txt                        a name a line; without it VOC's 20
 
-    root: the folder. Raises InputError, here and in every method, for whatever is missing or does not fit.
+def read_json(path, keys=(), remedy="repair or remove it"):
+    """The object in a .json file, which has at least these keys."""
+    with reading(path, remedy):
+        table = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    if not isinstance(table, dict) or not set(keys) <= table.keys():
+        raise InputError(f"{path}: not an object with {', '.join(keys) or 'ids'} in it; {remedy}")
+    return table
+
+
+def read_classes(path):
+    """The class names in a text file, one a line: at most 254, so that a mask's byte holds them beside background, void."""
+    names = read_lines(path, "write the class names into it, one per line")
+    if len(set(names)) < len(names) or len(names) > VOID - 1:
+        raise InputError(f"{path}: {len(names)} names, {len(set(names))} different; it takes at most {VOID - 1}, each once")
+    if "background" in names:
+        raise InputError(f"{path}: background is no class but the label 0; take its line out")
+    return names
+
+
+def image_files(folder, endings=(".jpg", ".jpeg", ".png")):
+    """{id: path} of the images in a folder, hidden files left out; an id is a file name without its ending."""
+    images = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix.lower() in endings and not path.name.startswith("."):
+            if path.stem in images:
+                raise InputError(f"{path}: there is {images[path.stem].name} too; results are named so, rename one")
+            images[path.stem] = path
+    return images
+
+
+class DataFolder:
+    """Photographs, their classes and what else is known of them, in PASCAL VOC's layout.
+
+        JPEGImages/<id>.jpg (.jpeg, .png)     and train2014/, val2014/, where COCO has them
+        ImageSets/Segmentation/<split>.txt    one id per line
+        labels.json                           {id: [class names]}; without it Annotations/<id>.xml
+        classes.txt                           one name per line; without it VOC's 20
+        SegmentationClass/<id>.png            true masks, only opened to evaluate and to show them
+
+    root: the folder, or the one that VOC's archive was unpacked in. Attributes: root, is_coco, masks, classes [name],
+    images {id: path}. Raises InputError, here and in every method, for whatever is missing or does not fit.
     """
 
-    def __init__(self, root, download=False):
-        if download:
-            try:
-                torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
-            except (OSError, RuntimeError) as error:
-                raise InputError(f"PASCAL VOC 2012 could not be downloaded ({error}): fetch VOCtrainval_11-May-2012.tar "
-                                 f"by hand, unpack it in {root} and leave --download away") from error
+    def __init__(self, root):
         nested = Path(root, "VOCdevkit", "VOC2012")             # where the archive of VOC unpacks
         self.root = nested if nested.is_dir() else Path(root)
         if not self.root.is_dir():
-            raise InputError(f"{root}: no such folder; pass --data FOLDER in VOC's layout, --data toy, or add --download")
-        names = self.root / "classes.txt"
-        self.classes = names.read_text().split("\n") if names.is_file() else VOC_CLASSES
-        self.classes = [name.strip() for name in self.classes if name.strip()]
-        self.masks = self.root / "SegmentationClass"
-        images = self.root / "JPEGImages"
-        if not images.is_dir():
-            raise InputError(f"{images}: no such folder; put the photographs there, as <id>.jpg or <id>.png")
-        self.images = {path.stem: path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
+            raise InputError(f"{root}: no such folder; pass --data FOLDER in VOC's or COCO's layout, or --data toy")
+        self.is_coco = (self.root / "annotations/instances_train2014.json").is_file()
+        self.masks, names = self.root / "SegmentationClass", self.root / "classes.txt"
+        self.classes = read_classes(names) if names.is_file() else VOC_CLASSES
+        folders = [self.root / folder for folder in ("JPEGImages", "train2014", "val2014")]
+        self.images = {name: path for folder in folders if folder.is_dir() for name, path in image_files(folder).items()}
+        if not self.images:
+            raise InputError(f"{folders[0]}: no photographs; put them there, as <id>.jpg or <id>.png")
 
-    def has_split(self, split):
-        """Whether there is a list of that name."""
-        return (self.root / f"ImageSets/Segmentation/{split}.txt").is_file()
+    def list(self, split):
+        """The path of a split's list, which may not be there."""
+        return self.root / f"ImageSets/Segmentation/{split}.txt"
 
-    def split(self, split):
+    def ids(self, split):
         """The ids of a split, in the list's order."""
-        path = self.root / f"ImageSets/Segmentation/{split}.txt"
-        if not path.is_file():
-            raise InputError(f"{path}: no such list; write the ids of the split into it, one a line")
-        ids = path.read_text().split()
-        if not ids:
-            raise InputError(f"{path}: the list is empty; write the ids of the split into it, one a line")
+        path = self.list(split)
+        ids = list(dict.fromkeys(read_lines(path, "write the ids of the split into it, one per line")))
         for name in ids:
             if name not in self.images:
-                raise InputError(f"{self.root / 'JPEGImages' / name}.jpg: no such image; add it or take {name} out of "
+                raise InputError(f"{self.root / 'JPEGImages' / name}.jpg: no such image; add it or take {name!r} out of "
                                  f"{path}")
         return ids
 
     def labels(self, ids):
         """Image-level labels: (len(ids), C), float32 in {0, 1}."""
-        index = {name: c for c, name in enumerate(self.classes)}
-        labels = torch.zeros(len(ids), len(index))
-        path = self.root / "labels.json"
-        table = read_json(path) if path.is_file() else None
+        index, path = {name: c for c, name in enumerate(self.classes)}, self.root / "labels.json"
+        table, labels = read_json(path) if path.is_file() else None, torch.zeros(len(ids), len(self.classes))
         for row, name in zip(labels, ids):
-            if table is not None and not (isinstance(table, dict) and isinstance(table.get(name), list)):
-                raise InputError(f"{path}: image {name} has no list of classes; add \"{name}\": [class names]")
             where = path if table is not None else self.root / f"Annotations/{name}.xml"
-            for label in table[name] if table is not None else object_names(where):
-                if str(label) not in index:
-                    raise InputError(f"{where}: image {name} has the unknown class {label!r}; correct it or add it to "
-                                     f"{self.root / 'classes.txt'}")
-                row[index[str(label)]] = 1
+            with reading(f"{where}, image {name}", "list its classes in labels.json, of those in classes.txt (or VOC's)"):
+                names = table[name] if table is not None else [
+                    node.findtext("name") for node in xml.etree.ElementTree.parse(where).getroot().iter("object")]
+                if not isinstance(names, list) or not index.keys() >= set(names):
+                    raise ValueError(f"{names!r} is not a list of known classes")
+                row[[index[label] for label in names]] = 1
         return labels
+
+    def has_masks(self, ids):
+        """Whether some of these images have true masks, or COCO's outlines of which eval.py draws them."""
+        return self.is_coco or any((self.masks / f"{name}.png").is_file() for name in ids)
 
     def mask(self, name, size=None):
         """The true mask of an image as `read_mask` gives it."""
         return read_mask(self.masks / f"{name}.png", size, len(self.classes))
 
 
-class CocoFolder:
-    """MS COCO 2014 as it comes, with the methods of VocFolder.
+class Photographs(torch.utils.data.Dataset):
+    """An image (3, H, W) and its target, through one v2 transform; ids of a DataFolder.
 
-        train2014/, val2014/        photographs; an id is a file name without its ending
-        annotations/instances_train2014.json, annotations/instances_val2014.json
-
-    The 80 classes stand in the order of COCO's category ids, without its gaps. Of a JSON only ids and labels are kept;
-    `mask` reads it once more, with the outlines. A split of training leaves out images without any object.
+    targets: labels (len(ids), C), of which an item is (C,), or a folder of label maps <id>.png, then (H, W) uint8.
+    What is random in an item follows from seed, epoch and index alone, not from the number of workers or processes.
     """
 
-    masks = None
-
-    def __init__(self, root):
-        self.root, self.images, self.tables = Path(root), {}, {}
-        for folder in ("train2014", "val2014"):
-            if (self.root / folder).is_dir():
-                self.images |= {path.stem: path for path in (self.root / folder).iterdir() if path.suffix == ".jpg"}
-        self.classes = self.table("train")["classes"]
-
-    def has_split(self, split):
-        """Whether there is a JSON of that name."""
-        return self.annotations(split).is_file()
-
-    def annotations(self, split):
-        """The path of a split's JSON."""
-        return self.root / f"annotations/instances_{split}2014.json"
-
-    def split(self, split):
-        """The ids of a split, in the JSON's order."""
-        ids = [name for name, labels in self.table(split)["labels"].items() if labels or split != "train"]
-        if not ids:
-            raise InputError(f"{self.annotations(split)}: no image with an object in it; take another file")
-        for name in ids:
-            if name not in self.images:
-                raise InputError(f"{self.root}/{split}2014/{name}.jpg: no such image; {self.annotations(split)} lists it")
-        return ids
-
-    def labels(self, ids):
-        """Image-level labels: (len(ids), C), float32 in {0, 1}. A crowd is an object like others."""
-        labels = torch.zeros(len(ids), len(self.classes))
-        for row, name in zip(labels, ids):
-            row[list(self.table(self.home(name))["labels"][name])] = 1
-        return labels
-
-    def home(self, name):
-        """The split that an id belongs to."""
-        return "train" if name in self.table("train")["labels"] else "val"
-
-    def mask(self, name, size=None):
-        """The true mask of an image, drawn from its outlines: small objects over large ones, crowds void."""
-        path = self.annotations(self.home(name))
-        shape, objects = self.table(self.home(name), outlines=True)["outlines"][name]
-        if size is not None and tuple(shape) != tuple(size):
-            raise InputError(f"{path}: {name} is {shape[1]}x{shape[0]}, the file {size[1]}x{size[0]}; "
-                             "take COCO's own photographs")
-        mask = np.zeros(shape, np.uint8)
-        for crowd, _, c, outline in sorted(objects, key=lambda entry: (not entry[0], -entry[1])):
-            try:
-                mask[draw_outline(outline, *shape)] = VOID if crowd else c + 1
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise InputError(f"{path}: an outline of {name} cannot be drawn ({error}); fetch it again") from error
-        return torch.from_numpy(mask)
-
-    def table(self, split, outlines=False):
-        """What is kept of a JSON: "classes" [name], "labels" {id: {c}}, "outlines" {id: ((H, W), [object])} if wanted."""
-        if split in self.tables and (not outlines or "outlines" in self.tables[split]):
-            return self.tables[split]
-        keep = {"images", "annotations", "categories", "id", "name", "file_name", "height", "width", "image_id",
-                "category_id", "iscrowd", "area"} | ({"segmentation", "counts", "size"} if outlines else set())
-
-        def compact(entry):                                     # while the JSON is read: the whole fills gigabytes
-            kept = {key: entry[key] for key in keep & entry.keys()}
-            if isinstance(kept.get("segmentation"), list):
-                kept["segmentation"] = [np.array(polygon, np.float32) for polygon in kept["segmentation"]]
-            return kept
-
-        try:
-            content = read_json(self.annotations(split), compact)
-            names = {entry["id"]: Path(entry["file_name"]).stem for entry in content["images"]}
-            categories = {entry["id"]: entry["name"] for entry in content["categories"]}
-            index = {number: c for c, number in enumerate(sorted(categories))}
-            labels = {name: set() for name in names.values()}
-            for entry in content["annotations"]:
-                labels[names[entry["image_id"]]].add(index[entry["category_id"]])
-            table = {"classes": [categories[number] for number in index], "labels": labels}
-            if outlines:
-                drawn = {names[entry["id"]]: ((entry["height"], entry["width"]), []) for entry in content["images"]}
-                for entry in content["annotations"]:
-                    drawn[names[entry["image_id"]]][1].append(
-                        (bool(entry["iscrowd"]), entry["area"], index[entry["category_id"]], entry["segmentation"]))
-                table["outlines"] = drawn
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{self.annotations(split)}: not COCO's instances ({error!r}); fetch it again") from error
-        self.tables[split] = table
-        return table
-
-
-class PhotoFolder:
-    """Anybody's photographs: every image file in a folder, with the classes of a trained run and no labels."""
-
-    masks = None
-
-    def __init__(self, root, classes):
-        self.root, self.classes, self.images = Path(root), list(classes), {}
-        if not self.root.is_dir():
-            raise InputError(f"{root}: no such folder; pass --images FOLDER with photographs in it")
-        for path in sorted(self.root.iterdir()):
-            if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"):
-                if path.stem in self.images:
-                    raise InputError(f"{path}: there is another {path.stem}.*; results are named so, rename one of them")
-                self.images[path.stem] = path
-        if not self.images:
-            raise InputError(f"{root}: no image files in it; pass --images FOLDER with photographs in it")
-
-    def split(self, _):
-        """The ids: file names without their endings."""
-        return list(self.images)
-
-
-class Photographs(torch.utils.data.Dataset):
-    """Image (3, H, W), labels (C,), all 1 where none are given, and the id."""
-
-    def __init__(self, data, ids, labels=None):
-        self.ids, self.paths = ids, [data.images[name] for name in ids]
-        self.labels = torch.ones(len(ids), len(data.classes)) if labels is None else labels
+    def __init__(self, data, ids, targets, transform=TO_TENSOR, seed=0):
+        self.data, self.ids, self.targets, self.transform, self.seed, self.epoch = data, ids, targets, transform, seed, 0
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
-        return TO_TENSOR(read_image(self.paths[index])), self.labels[index], self.ids[index]
+        name = self.ids[index]
+        image = read_image(self.data.images[name])
+        if isinstance(self.targets, Path):
+            mask = read_mask(self.targets / f"{name}.png", image.size[::-1], len(self.data.classes))
+            target = tv_tensors.Mask(mask)
+        else:
+            target = self.targets[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(hash((self.seed, self.epoch, index)))
+            return self.transform(image, target)
 
 
-def draw_outline(outline, height, width):
-    """An object of COCO's as (H, W) bool: a list of polygons [x, y, x, y, ...], or runs {"counts": ..., "size": [H, W]}.
-
-    Runs go down the columns, first of background, then of the object, and so on: a list of lengths, or its compressed
-    text: base 32 from character 48 on, lowest digits first, 32 for "more follows", from the fourth on as a difference to
-    the length two before. Format: COCO's maskApi.
-    """
-    if isinstance(outline, list):
-        fine = 4                                                    # drawn larger: Pillow's polygons include their edges
-        canvas = Image.new("L", (fine * width, fine * height))
-        for polygon in outline:
-            ImageDraw.Draw(canvas).polygon([(fine * x, fine * y) for x, y in zip(polygon[::2], polygon[1::2])], fill=255)
-        return np.array(canvas.reduce(fine)) > 127
-    runs = outline["counts"]
-    if isinstance(runs, str):
-        text, runs, value, shift = runs, [], 0, 0
-        for digit in (ord(character) - 48 for character in text):
-            value |= (digit & 31) << shift
-            shift += 5
-            if not digit & 32:
-                value -= (digit & 16) and 1 << shift                # the highest bit is the sign
-                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-                value = shift = 0
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def open_data(root, download=False):
-    """The data set in a folder: COCO's layout if it has one, else VOC's; "toy" is drawn to data/toy first."""
-    if str(root) == "toy":
-        root = draw_toy(Path("data/toy"))
-    if Path(root, "annotations/instances_train2014.json").is_file():
-        return CocoFolder(root)
-    return VocFolder(root, download)
-
-
-def read_json(path, each=None):
-    """The contents of a .json file, `each` applied to every object in it; InputError where it is not one."""
-    try:
-        return json.loads(Path(path).read_bytes(), object_hook=each)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); repair or remove it") from error
-
-
-def object_names(path):
-    """The class names of the objects in one of VOC's annotation files."""
-    try:
-        return {node.findtext("name") for node in xml.etree.ElementTree.parse(path).getroot().iter("object")}
-    except (OSError, xml.etree.ElementTree.ParseError) as error:
-        raise InputError(f"{path}: not readable as an annotation ({error}); add it, or write labels.json") from error
+def training_loader(photographs, batch_size, workers, device):
+    """A DataLoader of shuffled batches, `batch_size` over all processes; InputError where there are too few for it."""
+    if batch_size % WORLD or not 2 * WORLD <= batch_size <= len(photographs):
+        raise InputError(f"--batch-size {batch_size}: there are {len(photographs)} images; pass at most that, a multiple "
+                         f"of the {WORLD} processes, and at least 2 for each")
+    sampler = torch.utils.data.DistributedSampler(photographs, WORLD, RANK, seed=photographs.seed, drop_last=True)
+    return torch.utils.data.DataLoader(photographs, batch_size // WORLD, sampler=sampler, num_workers=workers,
+                                       drop_last=True, pin_memory=device.type == "cuda")
 
 
 def read_image(path):
-    """An image file of any mode, turned upright, as a PIL image in RGB; InputError for a file that is none."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                      # 16-bit grey
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as error:                                  # PIL raises a dozen kinds on broken files
-        raise InputError(f"{path}: not readable as an image ({error}); replace it or take it out of the list") from error
+    """An image file of any mode, turned upright, alpha over white, as a PIL image in RGB."""
+    with reading(path, "no readable image: replace it or take it out of the list"), Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":     # deep grey: 65535, or a float's maximum, becomes 255
+            grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+            grey *= 255 / (65535 if image.mode != "F" else max(1e-9, grey.max()))
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def read_mask(path, size, num_classes):
@@ -802,11 +657,8 @@ def read_mask(path, size, num_classes):
     size: the (H, W) that it must have, None for any. InputError if it is missing, unreadable, in colour, of another
     size, or has a value above num_classes.
     """
-    try:
-        with Image.open(path) as image:
-            mode, mask = image.mode, np.array(image)
-    except Exception as error:
-        raise InputError(f"{path}: not readable as a mask ({error}); add it or take its id out of the list") from error
+    with reading(path, "no readable mask: add it or take its id out of the list"), Image.open(path) as image:
+        mode, mask = image.mode, np.array(image)
     if mode not in ("P", "L"):
         raise InputError(f"{path}: a mask must be a palette or grey 8-bit PNG, this one is {mode}; convert it")
     if size is not None and mask.shape != tuple(size):
@@ -819,145 +671,90 @@ def read_mask(path, size, num_classes):
     return torch.from_numpy(mask)
 
 
-# ---- The toy scenes --------------------------------------------------------------------------------------------------
+# ======================================================================================================================
+# 5. The run folder
+# ======================================================================================================================
 
-TOY_CLASSES = {  # what the head shows: hue that the body hints at, hue of the glow around
-    "striped": (0.06, 0.52), "spotted": (0.97, 0.30), "ringed": (0.60, 0.13), "starred": (0.76, 0.42),
-    "checked": (0.38, 0.86)}
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # as torchrun sets them
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+WORKERS = min(8, max(1, CORES // 2))        # OURS: loaders of images; on a CPU the rest computes
 
 
-def draw_toy(root, train=800, val=200, side=128):
-    """Write the critters once: scenes in which classifiers find the wrong seeds, for the reasons that the paper names.
+@contextmanager
+def one_line_errors(how_to_go_on):
+    """End a script on bad input, a full disk or memory with one line on stderr and exit code 2, on Ctrl-C with 130.
 
-    A critter's small patterned head gives its class away; its body only hints at it (a CNN's seed covers the head
-    alone). Most critters sit in a soft glow of their class's tint, which is not part of them (a Transformer's seed
-    spreads beyond the critter). Headless stones share the bodies' colours. The same pictures on every machine, up to
-    the JPEG library.
-    Returns root; writes nothing if it is there.
+    A script that comes to its end leaves torchrun's process group.
     """
-    if root.is_dir():
-        return root
-    drawn = root.with_name(f".partial-{root.name}")
-    shutil.rmtree(drawn, ignore_errors=True)
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (drawn / folder).mkdir(parents=True)
-    labels = {}
-    for split, count in (("train", train), ("val", val)):
-        names = [f"{split}_{number:04d}" for number in range(count)]
-        for number, name in enumerate(names):
-            photo, mask = draw_scene(np.random.default_rng((count, number)), side)
-            photo.save(drawn / f"JPEGImages/{name}.jpg", quality=95)
-            save_mask(drawn / f"SegmentationClass/{name}.png", mask)
-            labels[name] = [c for k, c in enumerate(TOY_CLASSES, start=1) if (mask == k).any()]
-        (drawn / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
-    (drawn / "labels.json").write_text(json.dumps(labels))
-    (drawn / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")
-    os.replace(drawn, root)
-    return root
+    owner, name = os.getpid(), Path(sys.argv[0]).name
+
+    def stop(*_):                           # at once: an exception can get lost in a callback, and no file is half written
+        if os.getpid() == owner:            # loaders' workers leave it to the process that they work for
+            os.write(2, f"\n{name}: interrupted; {how_to_go_on}\n".encode())
+            os._exit(130)
+    before = signal.signal(signal.SIGINT, stop)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # names that the terminal cannot show
+    try:
+        yield
+        sys.stdout.flush()
+        if torch.distributed.is_initialized():                  # its threads must end before Python does
+            torch.distributed.destroy_process_group()
+        return
+    except InputError as error:             # out of a loader's worker it comes with a traceback around its message
+        message = str(error).strip().splitlines()[-1].removeprefix("usage.InputError: ")
+    except BrokenPipeError:                 # nobody reads on, as under "| head"
+        os._exit(141)
+    except OSError as error:
+        wants_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+        message = f"{error}: {'make room or give access there, then ' if wants_room else ''}{how_to_go_on}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        message = "the memory is full: pass a smaller --batch-size, --size or --scales"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    print(f"\n{name}: {message}", file=sys.stderr, flush=True)
+    os._exit(2) if torch.distributed.is_initialized() else sys.exit(2)      # other processes may wait in a collective
 
 
-def draw_scene(rng, side):
-    """One toy scene: (PIL image, mask (side, side) uint8)."""
-    sky, ground = (np.array(colorsys.hsv_to_rgb(rng.uniform(*hues), rng.uniform(0.1, 0.4), rng.uniform(0.6, 0.95)))
-                   for hues in ((0.5, 0.65), (0.1, 0.4)))
-    fog = Image.fromarray((rng.random((5, 5)) * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    fog = np.asarray(fog)[..., None] / 255 - 0.5
-    y, x = np.mgrid[:side, :side] / side                        # pixels in units of the side
-    blend = np.clip((y - rng.uniform(0.2, 0.6)) * 4 + fog[..., 0], 0, 1)[..., None]
-    scene = sky * (1 - blend) + ground * blend + 0.25 * fog     # (side, side, 3) in about [0, 1]
-
-    critters = []
-    for kind in rng.permutation(len(TOY_CLASSES))[:rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])]:
-        for _ in range(20):                                     # tries to find a free place
-            length = rng.uniform(0.15, 0.23)
-            place = rng.uniform(1.4 * length, 1 - 1.4 * length, 2)
-            if all(np.hypot(*(place - other[2])) > 1.25 * (length + other[1]) for other in critters):
-                critters.append((kind, length, place, rng.uniform(-0.5, 0.5), rng.choice([-1, 1])))
-                break
-    for kind, length, place, tilt, _ in critters:
-        if rng.random() < 0.7:                                  # the glow: no part of the critter
-            tint = np.array(colorsys.hsv_to_rgb(list(TOY_CLASSES.values())[kind][1], 0.75, 0.95))
-            u, v = rotate(x - place[0], y - place[1], -tilt)
-            glow = 0.25 * np.clip(2.3 - np.hypot(u / length, v / (0.75 * length)), 0, 1)[..., None]
-            scene = scene * (1 - glow) + tint * glow
-
-    fine = 3                                                    # drawn three times as large, for smooth edges
-    photo = Image.fromarray((np.clip(scene, 0, 1) * 255).astype(np.uint8)).resize((fine * side,) * 2)
-    mask = Image.new("L", (side, side))
-    pens = ImageDraw.Draw(photo), ImageDraw.Draw(mask)
-    for _ in range(rng.integers(1, 4)):
-        radius, place = rng.uniform(0.03, 0.08), rng.uniform(0.05, 0.95, 2)
-        stone = place + radius * ellipse(1.3, 0.9, rng.uniform(0, 3))
-        paint(pens, stone, colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.3, 0.6), rng.uniform(0.4, 0.8)), 0, side)
-    for kind, length, place, tilt, facing in critters:
-        draw_critter(pens, rng, kind, place, length, tilt, facing, side)
-    return photo.resize((side, side), Image.Resampling.BOX), np.array(mask)
+def number(low, high, kind=float):
+    """A type for argparse: a number of this kind, from low to high; NaN is none, inf only if high is."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    parse.__name__ = f"number ({low} to {high})"                # argparse names it when a value does not fit
+    return parse
 
 
-def draw_critter(pens, rng, kind, place, length, tilt, facing, side):
-    """Tail, legs, body, ear, patterned head: into photograph and mask."""
-    hue = list(TOY_CLASSES.values())[kind][0] if rng.random() < 0.8 else rng.random()   # the body hints, no more
-    value = rng.uniform(0.55, 0.85)
-    body, shade, belly = (colorsys.hsv_to_rgb(hue, s, v) for s, v in (
-        (0.45, value), (0.5, 0.75 * value), (0.3, min(1, 1.15 * value))))
-    face, ink = (colorsys.hsv_to_rgb(list(TOY_CLASSES.values())[kind][0], s, v) for s, v in ((0.35, 1.0), (0.95, 0.35)))
+def start_processes(device, workers):
+    """The torch.device to compute on, after joining torchrun's other processes where there are any (nccl or gloo).
 
-    def part(points, colour):                                   # points in body lengths, the critter facing right
-        u, v = rotate(points[:, 0], points[:, 1], tilt)
-        paint(pens, place + length * np.stack([facing * u, v], -1), colour, kind + 1, side)
-
-    def at(u, v, points):
-        return np.array([u, v]) + points
-
-    part(np.array([[-0.8, -0.1], [-1.35, -0.55], [-1.25, -0.65], [-0.7, -0.35]]), shade)
-    for leg in (-0.55, -0.25, 0.3, 0.6):
-        part(at(leg, 0.62, ellipse(0.1, 0.3)), shade)
-    part(ellipse(1.0, 0.6), body)
-    part(at(-0.05, 0.22, ellipse(0.7, 0.3)), belly)
-    part(at(0.75, -0.75, ellipse(0.1, 0.25, 0.5)), shade)
-    head, radius = np.array([0.9, -0.4]), 0.5
-    part(head + ellipse(radius, radius), shade)
-    part(head + ellipse(0.9 * radius, 0.9 * radius), face)
-    pattern = list(TOY_CLASSES)[kind]
-    if pattern == "striped":
-        for u in (-0.24, 0.0, 0.24):
-            part(head + np.array([[u - 0.06, -0.3], [u + 0.06, -0.3], [u + 0.06, 0.3], [u - 0.06, 0.3]]), ink)
-    elif pattern == "spotted":
-        for angle in np.arange(5) * 2 * np.pi / 5:
-            part(head + 0.26 * np.array([np.cos(angle), np.sin(angle)]) + ellipse(0.1, 0.1), ink)
-    elif pattern == "ringed":
-        for r, colour in ((0.36, ink), (0.25, face), (0.14, ink)):
-            part(head + ellipse(r, r), colour)
-    elif pattern == "starred":
-        angles = np.arange(10) * np.pi / 5 - np.pi / 2
-        reach = np.where(np.arange(10) % 2, 0.16, 0.4)
-        part(head + np.stack([reach * np.cos(angles), reach * np.sin(angles)], -1), ink)
-    else:
-        for square in range(0, 9, 2):                           # every other one of 3 x 3
-            u, v = 0.21 * (square % 3) - 0.315, 0.21 * (square // 3) - 0.315
-            part(head + np.array([[u, v], [u + 0.21, v], [u + 0.21, v + 0.21], [u, v + 0.21]]), ink)
+    device: "auto" takes CUDA where there is one. InputError for one that does not exist and for too many workers.
+    """
+    if workers > CORES:
+        raise InputError(f"--workers {workers}: this machine has {CORES} cores; pass 0 to {CORES}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and WORLD > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    with reading(f"--device {device}", "not on this machine: pass cpu, or leave it out"):
+        torch.zeros(1, device=device).item()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
 
 
-def rotate(x, y, angle):
-    """Coordinates turned by an angle in radians."""
-    return np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
-
-
-def ellipse(a, b, angle=0.0):
-    """(32, 2) points of an ellipse around the origin, half axes a and b."""
-    t = np.arange(32) * 2 * np.pi / 32
-    return np.stack(rotate(a * np.cos(t), b * np.sin(t), angle), -1)
-
-
-def paint(pens, points, colour, label, side):
-    """A filled polygon, points in units of the side, into photograph (drawn larger) and mask."""
-    photo, mask = pens
-    fine = photo.im.size[0]
-    photo.polygon([tuple(p) for p in points * fine], fill=tuple(int(255 * channel) for channel in colour))
-    mask.polygon([tuple(p) for p in points * side], fill=int(label))
-
-
-# ---- Writing: pictures, checkpoints, logs ----------------------------------------------------------------------------
+def process_mean(*values):
+    """The means of scalar tensors over all processes: floats."""
+    means = torch.stack([value.detach().float() for value in values])
+    if WORLD > 1:
+        torch.distributed.all_reduce(means)
+    return (means / WORLD).tolist()
 
 
 @contextmanager
@@ -965,12 +762,168 @@ def written(path):
     """Yield a temporary path in the same folder; at the end it becomes `path`, so that no partial file has that name."""
     path = Path(path)
     temporary = path.with_name(f".partial-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_there(path):
+    """Whether a result is a file with something in it; a power cut can leave the name alone."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def fingerprint(*contents):
+    """12 hexadecimal digits that tell contents apart: tensors, files (as a Path) and plain values."""
+    digest = hashlib.sha256()
+    for content in contents:
+        if isinstance(content, torch.Tensor):
+            digest.update(content.cpu().numpy().tobytes())
+        else:
+            digest.update(content.read_bytes() if isinstance(content, Path) else json.dumps(content).encode())
+    return digest.hexdigest()[:12]
+
+
+def check_settings(path, before, settings, remedy):
+    """InputError if results at `path` were made with other settings; "data", where the data lies, may change."""
+    changed = [key for key in settings if key != "data" and before.get(key) != settings[key]]
+    if changed:
+        raise InputError(f"{path}: made with another {', '.join(changed)}; {remedy}")
+
+
+def check_results(path, settings, folders):
+    """InputError if the results in the folders were made with other settings than these, by what `path` recorded."""
+    remedy = f"remove it and {', '.join(folder.name for folder in folders)} beside it to make them anew"
+    if path.is_file():
+        check_settings(path, read_json(path, remedy=remedy), settings, remedy)
+    elif any(folder.is_dir() and any(folder.iterdir()) for folder in folders):
+        raise InputError(f"{path}: is missing, so nobody knows what the results beside it were made with; {remedy}")
+    if WORLD > 1:
+        torch.distributed.barrier()                             # nobody writes before all have looked
+
+
+def write_json(path, table):
+    """Write plain values to a .json file, once for all processes."""
+    if RANK == 0:
+        with written(path) as temporary:
+            temporary.write_text(json.dumps(table, indent=1))
+
+
+def load_checkpoint(path, remedy):
+    """A dict that torch.save wrote, tensors on the CPU, nothing in it executed."""
+    with reading(path, remedy):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    return state if isinstance(state, dict) else fail(f"{path}: not a checkpoint but a {type(state).__name__}; {remedy}")
+
+
+def load_classifier(run):
+    """The student of a finished stage 1 and the settings it was trained with; "classifier" is its fingerprint."""
+    path = Path(run) / "classifier.pt"
+    remedy = f"run train_cls.py --run {run} with your --data and --backbone first, or correct --run"
+    state = load_checkpoint(path, remedy)
+    with reading(path, f"not a classifier of train_cls.py: {remedy}"):
+        settings, epoch = state["settings"], state["progress"]["epoch"]
+        epochs = settings["epochs"] + settings["reg_epochs"]
+        network = build_network(settings["backbone"], len(settings["classes"]))
+        network.load_state_dict(state["student"])
+    if epoch < epochs:
+        raise InputError(f"{path}: {epoch} of {epochs} epochs done; run train_cls.py again, it goes on there")
+    return network, settings | {"classifier": fingerprint(*state["student"].values())}
+
+
+def open_run_data(run, settings, root=None, folders=()):
+    """The data that a run was trained on, where it lies now (root) or lay then, for results in these folders.
+
+    InputError if its classes are others, and if one of the folders is the folder of the true masks.
+    """
+    data = DataFolder(root or settings["data"])
+    if data.classes != settings["classes"]:
+        raise InputError(f"{data.root}: its {len(data.classes)} classes are not those of {run}; pass the --data, or the "
+                         "--run, that belong together")
+    for folder in folders:
+        if folder.resolve() == data.masks.resolve():
+            raise InputError(f"{folder}: is the folder of the true masks; seeds belong elsewhere, pass another folder")
+    return data
+
+
+def training_epochs(path, settings, parts, progress, epochs, loader):
+    """The frame of a training: go on where it stopped, yield (epoch, log) for each epoch still to be done, save after it.
+
+    path of the checkpoint, the log beside it; parts {name: object with a state_dict}; progress {"epoch": how many are
+    done, "seconds": ..., and what else the loop keeps there}. Random numbers follow from seed, epoch and process alone.
+    """
+    if path.is_file():
+        remedy = "pass another --run, or remove it to start again"
+        state = load_checkpoint(path, remedy)
+        with reading(path, remedy):
+            check_settings(path, state["settings"], settings, remedy)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            progress.update(state["progress"])
+    images = len(loader) * loader.batch_size * WORLD                        # of an epoch
+    log = Log(path.with_suffix(".jsonl"), epochs * images, progress["epoch"] * images)
+    for epoch in range(progress["epoch"], epochs):
+        start = time.time()
+        torch.manual_seed(hash((settings["seed"], epoch, RANK)))            # an epoch done again is the same epoch
+        loader.sampler.set_epoch(epoch)
+        loader.dataset.epoch = epoch
+        yield epoch, log
+        progress.update(epoch=epoch + 1, seconds=progress["seconds"] + time.time() - start)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        tensors = (value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor))
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise InputError(f"epoch {epoch + 1}: weights are not finite; lower --lr, in another --run after an epoch")
+        if RANK == 0:
+            with written(path) as temporary, temporary.open("wb") as file:
+                try:
+                    torch.save({"settings": settings, "progress": progress, **states}, file)
+                except RuntimeError as error:                   # torch's way to say that the disk is full
+                    raise OSError(errno.ENOSPC, f"{path} could not be written") from error
+                file.flush()
+                os.fsync(file.fileno())                         # or a power cut may leave the name without the contents
+
+
+class Log:
+    """Lines of progress, each also a record of a .jsonl file: every tenth step or image, and the last.
+
+    Keeps other processes from writing there until this one ends; InputError if one is at work.
+    """
+
+    def __init__(self, path, total, done=0):
+        """total and done: images in all, and those that an interrupted run left; its later records are dropped."""
+        self.total, self.done, self.first, self.calls, self.start, self.before = total, done, done, 0, time.time(), 0.0
+        if RANK == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a+")
+            try:
+                fcntl and fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{path.parent}: another process is at work there (`fuser {path}` tells which); wait for it, or pass "
+                     "another --run")
+            self.file.seek(0)
+            with reading(path, "remove it"):
+                records = [record for record in map(json.loads, self.file) if record["images"] <= done]
+                self.before = records[-1]["seconds"] if records else 0.0
+            self.file.truncate(0)
+            self.file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def line(self, images, **values):
+        """The line after so many more images, "" between two records; InputError for a value that is not finite."""
+        self.done, self.calls = self.done + images, self.calls + 1
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise InputError(f"after {self.done} images {key} is {value}: lower --lr, in another --run after an epoch")
+        if RANK > 0 or (self.calls % 10 and self.done < self.total):
+            return ""
+        seconds = time.time() - self.start
+        rate = (self.done - self.first) / max(seconds, 1e-9)
+        left = (self.total - self.done) / max(rate, 1e-9)
+        record = {"images": self.done, **values, "images_per_s": round(rate, 1), "seconds": round(self.before + seconds, 2)}
+        print(json.dumps(record), file=self.file, flush=True)
+        shown = "".join(f"{key} {value:.4g}  " for key, value in values.items())
+        return f"\r{self.done} images  {shown}{rate:.1f} images/s  {int(left // 60)}:{int(left % 60):02d} left  "
 
 
 def voc_palette():
@@ -988,175 +941,12 @@ def save_mask(path, mask):
         image.save(temporary)
 
 
-def overlay(photo, mask):
-    """(3, H, W) uint8 with the labels of mask (H, W) laid over it in VOC's colours."""
-    labels = [label for label in mask.unique().tolist() if label]
-    if not labels:
-        return photo
-    return torchvision.utils.draw_segmentation_masks(photo, torch.stack([mask == label for label in labels]), alpha=0.65,
-                                                     colors=[tuple(voc_palette()[label].tolist()) for label in labels])
-
-
-def heat_map(photo, scores):
-    """(3, H, W) uint8: the photograph in grey under scores (H, W) in [0, 1], from black over red to white."""
-    heat = torch.stack([3 * scores, 3 * scores - 1, 3 * scores - 2]).clamp(0, 1)
-    return (255 * (0.65 * heat + 0.35 * photo.float().mean(0) / 255)).byte()
-
-
-def save_contact_sheet(path, data, ids, folders, scores=None, side=160):
-    """Write one PNG of ten images: photograph | heat map | a label map of each folder | truth, where there are masks.
-
-    scores: the folder of make_seeds.py's scores, for the heat map of the strongest class; None leaves that column out.
-    """
-    folders = folders + ([data.masks] if data.masks else [])
-    tiles = []
-    for name in ids[::max(1, len(ids) // 10)][:10]:
-        photo = v2.functional.pil_to_tensor(read_image(data.images[name]))          # (3, H, W) uint8
-        row = [photo]
-        if scores:
-            levels = torch.from_numpy(np.load(Path(scores, f"{name}.npz"))["levels"])
-            row.append(heat_map(photo, levels.amax(0) / 255 if len(levels) else torch.zeros(photo.shape[1:])))
-        for folder in folders:
-            mask = Path(folder, f"{name}.png")
-            row.append(overlay(photo, read_mask(mask, photo.shape[1:], len(data.classes))) if mask.is_file()
-                       else torch.full_like(photo, 255))
-        tiles += [v2.functional.resize(tile, [side, side], antialias=True) for tile in row]
-    sheet = torchvision.utils.make_grid(tiles, nrow=2 * len(row), padding=4, pad_value=255)     # two images a line
-    with written(path) as temporary:
-        v2.functional.to_pil_image(sheet).save(temporary)
-
-
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values; OSError where it does not fit."""
-    with written(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:                           # torch's way to say that the disk is full
-            raise OSError(f"{path} could not be written ({str(error).splitlines()[0][:100]})") from error
-
-
-def load_checkpoint(path, remedy):
-    """A dict that torch.save wrote, tensors on the CPU; InputError, ending in `remedy`, where there is none."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; {remedy}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not readable as a checkpoint ({reason[:100]}); {remedy}") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: not a checkpoint but a {type(state).__name__}; {remedy}")
-    return state
-
-
-def resume(path, settings, parts):
-    """Put what an interrupted training left at `path` into `parts` ({name: object with load_state_dict}).
-
-    Returns the whole checkpoint, {} if there is none yet. InputError if it was made with other settings.
-    """
-    if not Path(path).is_file():
-        return {}
-    state = load_checkpoint(path, "remove it to start again")
-    changed = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
-    if changed:
-        raise InputError(f"{path}: made with another {', '.join(changed)}; pass another --run, or remove it to start again")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state
-
-
-def record_settings(path, settings, results):
-    """Write what results are made with to a .json file; InputError if those from before were made with something else."""
-    before = read_json(path) if Path(path).is_file() else settings
-    changed = [key for key in settings if before.get(key) != settings[key]]
-    if changed:
-        raise InputError(f"{path}: its results were made with another {', '.join(changed)}; remove it and {results} beside "
-                         "it to make them anew")
-    with written(path) as temporary:
-        temporary.write_text(json.dumps(settings))
-
-
-def load_classifier(run):
-    """The student of a finished stage 1 and the settings it was trained with."""
-    path = Path(run) / "classifier.pt"
-    state = load_checkpoint(path, f"run train_cls.py --run {run} first")
-    try:
-        settings, epoch = state["settings"], state["epoch"]
-        epochs = settings["epochs"] + settings["reg_epochs"]
-        network = build_network(settings["backbone"], len(settings["classes"]))
-        network.load_state_dict(state["student"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: not a classifier of train_cls.py ({str(error).strip().splitlines()[0][:100]}); run "
-                         f"train_cls.py with another --run") from error
-    if epoch < epochs:
-        raise InputError(f"{path}: {epoch} of {epochs} epochs done; run train_cls.py again, it goes on there")
-    return network, settings
-
-
-def check_classes(data, classes, run):
-    """InputError unless the data's classes are those that the run was trained on."""
-    if list(data.classes) != list(classes):
-        raise InputError(f"{data.root}: its {len(data.classes)} classes are not the {len(classes)} of {run}; pass the "
-                         "--data, or the --run, that belong together")
-
-
-def refuse_truth(folder, data):
-    """InputError if a folder of seeds is the folder of the true masks."""
-    if data.masks and Path(folder).resolve() == data.masks.resolve():
-        raise InputError(f"{folder}: is the folder of the true masks; seeds belong elsewhere, pass another folder")
-
-
-class Log:
-    """Appends a record to a .jsonl file and puts it, with images per second and the time left, into a line."""
-
-    def __init__(self, path, total, done=0):
-        self.path, self.total, self.first, self.start = Path(path), total, done, time.time()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def line(self, done, **values):
-        """done: images so far, out of total. Floats get four digits. Returns the line."""
-        seconds = time.time() - self.start
-        rate = (done - self.first) / max(seconds, 1e-9)
-        left = (self.total - done) / max(rate, 1e-9)
-        with self.path.open("a") as file:
-            file.write(json.dumps({**values, "images_per_s": round(rate, 1), "seconds": round(seconds, 2)}) + "\n")
-        shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                          for key, value in values.items())
-        return f"{shown}  {rate:.1f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
-
-
-# ---- Processes and random numbers ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def random_numbers(*key):
-    """Inside, torch's random numbers on the CPU follow from the key (integers) alone; after it, they go on as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(hash(key))
-        yield
-
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-WORKERS = min(8, max(1, CORES // 2))        # OURS: on a CPU the rest computes
-
-
-def start_processes(device, workers):
-    """The device to compute on, after joining torchrun's other processes where there are any (nccl or gloo).
-
-    device: "auto" takes CUDA where there is one. Returns (torch.device, rank, number of processes). InputError for a
-    device that does not exist and for more loader workers than cores.
-    """
-    if not 0 <= workers <= CORES:
-        raise InputError(f"--workers {workers}: this machine has {CORES} cores; pass 0 to {CORES}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda" and world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=device)
-    except Exception as error:                                  # torch raises a different one for each kind of device
-        raise InputError(f"--device {device}: not on this machine; pass cpu, or leave it away") from error
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return torch.device(device), int(os.environ.get("RANK", 0)), world
+def load_maps(path):
+    """One image's classes (K,), and its seed maps {"maps": (K, H, W) uint8, "refined": the same, if it was refined}."""
+    with reading(path, "not seed maps of make_seeds.py: remove it and run make_seeds.py again"):
+        with np.load(path) as file:
+            arrays = {key: torch.from_numpy(file[key]) for key in file}
+        classes, maps = arrays.pop("classes"), arrays["maps"]
+        assert all(value.dtype == torch.uint8 and value.shape == maps.shape and len(value) == len(classes)
+                   for value in arrays.values()), "arrays of another shape"
+    return classes, arrays
