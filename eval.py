@@ -12,7 +12,6 @@ Means run over the C + 1 classes, background included. MCTformer's and WeakTr's 
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +85,10 @@ def show(entry):
 
 def progress(names):
     """Yield the names, with a line of progress."""
-    start = time.time()
     for done, name in enumerate(names, start=1):
         yield name
         if done % 50 == 0 or done == len(names):
-            rate = done / max(1e-9, time.time() - start)
-            print(f"\r{done} of {len(names)} images  {rate:.0f} images/s  {(len(names) - done) / rate:.0f} s left ", end="",
-                  flush=True)
+            print(f"\r{done} of {len(names)} images ", end="", flush=True)
 
 
 def compare(ids, folder, true_mask, num_classes):
@@ -198,8 +194,8 @@ def main():
     args = parser.parse_args()
     run = args.run or Path("runs/toy-resnet50")
     if args.pred or args.truth:
-        if not (args.pred and args.truth) or args.run:
-            raise usage.InputError("pass --pred and --truth together and no --run, or --run alone")
+        if not (args.pred and args.truth) or args.run or args.data or args.sweep:
+            raise usage.InputError("pass --pred and --truth together, without --run, --data and --sweep, or neither")
         classes = usage.read_classes(args.classes) if args.classes else usage.VOC_CLASSES
         entries = measure_folders(args.pred, args.truth, classes)
     else:

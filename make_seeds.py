@@ -61,7 +61,7 @@ def parse_arguments():
         help="Transformers: spread the maps by the attention among patches (default: if pretrained)")
     add("--refine", action=argparse.BooleanOptionalAction, default=True,
         help="let pseudo masks follow the edges of the image (default yes); without it train_seg.py learns the seeds")
-    add("--workers", type=number(0, 1e3, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
+    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     if args.images and args.split:
@@ -115,16 +115,13 @@ def write_results(folder, name, present, maps, refined, threshold):
 @torch.no_grad()
 def main():
     args = parse_arguments()
-    device = usage.start_processes(args.device, args.workers)
+    device = usage.start_processes(args.device)
 
     # ---- the classifier and the images
     network, trained = usage.load_classifier(args.run)
     network = network.to(device, memory_format=torch.channels_last).eval()
-    kind = "cnn" if trained["backbone"] in usage.CNNS else "transformer"
-    for key, value in RECIPES[kind, "scratch" if trained["weights"] == "none" else "pretrained"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.affinity and kind == "cnn":
+    usage.take_defaults(args, RECIPES, trained["backbone"], trained["weights"])
+    if args.affinity and trained["backbone"] in usage.CNNS:
         raise usage.InputError(f"--affinity: {trained['backbone']} has no attention; leave it out")
     split, folder = trained["split"], args.run
     if args.images:
@@ -151,11 +148,8 @@ def main():
     usage.check_results(folder / "seeds.json", settings, [folder / name for name in ("seeds", "pseudo_masks", "maps")])
     mine = range(usage.RANK, len(ids), usage.WORLD)
     todo = [k for k in mine if not all(map(usage.is_there, results_of(folder, ids[k], args.refine)))]
-    if usage.RANK == 0:
-        print(f"{data.root}: seeds of {len(ids)} images of {split}, {'predicted' if predicted else 'given'} labels, "
-              f"threshold {args.threshold} (fixed), into {folder / 'seeds'}")
-        if len(todo) < len(mine):
-            print(f"{len(mine) - len(todo)} of them are there")
+    print(f"{data.root}: seeds of {len(ids)} images of {split}, {'predicted' if predicted else 'given'} labels, threshold "
+          f"{args.threshold} (fixed), into {folder / 'seeds'}; {len(mine) - len(todo)} are there")
 
     # ---- seeds
     log = usage.Log(folder / "seeds.jsonl", len(mine), len(mine) - len(todo))
@@ -186,8 +180,7 @@ def main():
         print(log.line(1), end="", flush=True)
 
     # ---- what there is to see
-    if usage.WORLD > 1:
-        torch.distributed.barrier()
+    usage.wait_for_all()
     if usage.RANK > 0:
         return
     made = [name for name in ids if all(map(usage.is_there, results_of(folder, name, args.refine)))]

@@ -85,24 +85,20 @@ def parse_arguments():
     add("--lr", type=number(0, 1e6), help="peak of the one-cycle schedule; the classifier on a pretrained trunk gets 10 x")
     add("--weight-decay", type=number(0, 1e6))
     add("--seed", type=number(0, 2**32, int), default=0, help="of all random numbers (default 0)")
-    add("--workers", type=number(0, 1e3, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
+    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     if args.download and not args.data:
         raise usage.InputError("--download: name the folder too, --data FOLDER")
     args.data = TOY if args.data in (None, Path("toy")) else args.data
     args.weights = args.weights or ("none" if args.data.resolve() == TOY.resolve() else "imagenet")
-    kind = "cnn" if args.backbone in usage.CNNS else "transformer"
-    recipe = RECIPES[kind, "scratch" if args.weights == "none" else "pretrained"]
-    usual = {key: recipe.get(key, parser.get_default(key)) for key in vars(args)}
-    for key in recipe:
-        if getattr(args, key) is None:
-            setattr(args, key, recipe[key])
-    told = [f"-{key.replace('_', '-')}-{getattr(args, key)}" for key in OBJECTIVE if getattr(args, key) != usual[key]]
+    recipe = usage.take_defaults(args, RECIPES, args.backbone, args.weights)
+    told = [f"-{key.replace('_', '-')}-{getattr(args, key)}" for key in OBJECTIVE
+            if getattr(args, key) != recipe.get(key, parser.get_default(key))]
     args.run = args.run or Path("runs") / f"{args.data.resolve().name}-{args.backbone}{''.join(told)}"
     if not args.epochs + args.reg_epochs:
         raise usage.InputError("--epochs 0 and --reg-epochs 0: nothing to train; pass more")
-    if args.attention and kind == "cnn":
+    if args.attention and args.backbone in usage.CNNS:
         raise usage.InputError(f"--attention: {args.backbone} has no class token; pass a deit as --backbone")
     return args
 
@@ -165,13 +161,12 @@ def class_threshold(scores, labels):
 
 def main():
     args = parse_arguments()
-    device = usage.start_processes(args.device, args.workers)
+    device = usage.start_processes(args.device)
 
     # ---- data
     if usage.RANK == 0:                                                         # the others wait
         prepare_data(args.data, args.download)
-    if usage.WORLD > 1:
-        torch.distributed.barrier()
+    usage.wait_for_all()
     data = usage.DataFolder(args.data)
     split = "train_aug" if data.list("train_aug").is_file() else "train"
     ids, val_ids = data.ids(split), data.ids("val") if data.list("val").is_file() else []
@@ -180,7 +175,7 @@ def main():
     try:
         val_labels = data.labels(val_ids) if val_ids else None
     except usage.InputError as error:                                           # images to segment need none
-        print(f"val is not classified: {error}" * (usage.RANK == 0))
+        print(f"val is not classified: {error}")
     chance = usage.chance_loss(train_labels)
     if not chance:
         raise usage.InputError(f"{data.root}: every image of {split} has the same classes; a classifier needs others too")
@@ -189,21 +184,17 @@ def main():
     photographs = usage.Photographs(data, ids, train_labels, transform, args.seed)
     loader = usage.training_loader(photographs, args.batch_size, args.workers, device)
     first, steps = args.epochs * len(loader), (args.epochs + args.reg_epochs) * len(loader)
-    if usage.RANK == 0:
-        print(f"{data.root}: {len(ids)} images of {split}, {len(data.classes)} classes; {args.backbone} on {device} x "
-              f"{usage.WORLD}, {steps} steps{' are few: lower --batch-size' * (steps < 100)}, run folder {args.run}")
+    print(f"{data.root}: {len(ids)} images of {split}, {len(data.classes)} classes; {args.backbone} on {device} x "
+          f"{usage.WORLD}, {steps} steps{' are few: lower --batch-size' * (steps < 100)}, run folder {args.run}")
 
     # ---- student, teacher, optimiser
     torch.manual_seed(args.seed)
     state = pretrained_weights(args.backbone, args.weights)
     with usage.reading(f"weights {args.weights}", f"they do not fit {args.backbone}: pass the right --backbone"):
-        student = usage.build_network(args.backbone, len(data.classes), state)
+        student = usage.build_network(args.backbone, len(data.classes), state, frozen=args.weights != "none")
     student = student.to(device, memory_format=torch.channels_last)
-    frozen = args.weights != "none" and args.backbone in usage.CNNS             # BatchNorm: the field's custom
-    if frozen:
-        usage.freeze_batchnorm(student)
     teacher = usage.ema_teacher(student, args.teacher_decay)
-    groups = [{"params": [p for p in student.trunk.parameters() if p.requires_grad], "lr": args.lr},
+    groups = [{"params": student.trunk.parameters(), "lr": args.lr},
               {"params": student.classifier.parameters(), "lr": args.lr * (10 if args.weights != "none" else 1)}]
     optimiser = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate(step, first, steps))
@@ -211,19 +202,17 @@ def main():
 
     # ---- training
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "download", "workers", "device")}
-    settings |= {"data": str(data.root.resolve()), "contents": usage.fingerprint(data.classes, ids, sizes, train_labels),
-                 "classes": data.classes, "split": split}
+    contents = usage.fingerprint(data.classes, ids, sizes, train_labels, *(state or {}).values())
+    settings |= {"data": str(data.root.resolve()), "contents": contents, "classes": data.classes, "split": split}
     status = functools.partial(usage.learning_status, chance_loss=chance) if args.adaptive else lambda _: 1.0   # q
     parts = {"student": student, "teacher": teacher, "optimiser": optimiser, "schedule": schedule}
-    progress = {"epoch": 0, "seconds": 0.0, "running": math.log(2)}             # the L_GEN of zero logits
+    progress = {"epoch": 0, "running": math.log(2)}             # the L_GEN of zero logits
     for epoch, log in usage.training_epochs(args.run / "classifier.pt", settings, parts, progress,
                                             args.epochs + args.reg_epochs, loader):
         regularized = args.reg_weight > 0 and epoch >= args.epochs
         max_rate = args.max_rate if regularized and args.views == "adjusted" else 0.0   # OURS: no adjustment before L_REG
-        for network in (student, teacher):
-            network.train()
-            if frozen:
-                usage.freeze_batchnorm(network)
+        student.train()
+        teacher.train()
 
         for images, labels in loader:
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -257,7 +246,7 @@ def main():
 
     # ---- what the classifier has learnt
     if usage.RANK == 0:
-        print(f"\ntrained in {progress['seconds'] / 60:.1f} min")
+        print()
         whole = v2.Compose([v2.Resize(student.fitting_size((args.size, args.size)), antialias=True), usage.TO_TENSOR])
         some = slice(None, None, max(1, len(ids) // 1000))
         scores, known = classify(student, usage.Photographs(data, ids[some], train_labels[some], whole), args, device)
@@ -345,7 +334,7 @@ def convert_coco(root):
     """
     keep = {"images", "annotations", "categories", "id", "name", "file_name", "image_id", "category_id"}
     print(f"{root}: reading COCO's labels, for the first time", flush=True)
-    labels = {}
+    splits, labels = {}, {}
     for split in ("train", "val"):
         path = root / f"annotations/instances_{split}2014.json"
         with usage.reading(path, "not COCO's instances: fetch it again"):
@@ -355,14 +344,18 @@ def convert_coco(root):
             found = {name: set() for name in names.values()}
             for entry in table["annotations"]:
                 found[names[entry["image_id"]]].add(classes[entry["category_id"]])
-        ids = [name for name in found if found[name] or split == "val"]
-        with usage.written(root / f"ImageSets/Segmentation/{split}.txt") as temporary:
-            temporary.write_text("\n".join(ids) + "\n")
-        labels |= {name: sorted(found[name]) for name in ids}
-    with usage.written(root / "classes.txt") as temporary:
-        temporary.write_text("\n".join(classes.values()) + "\n")
-    with usage.written(root / "labels.json") as temporary:                      # the last: its being there means done
-        temporary.write_text(json.dumps(labels))
+        splits[split] = [name for name in found if found[name] or split == "val"]
+        labels |= {name: sorted(found[name]) for name in splits[split]}
+    write_lists(root, splits, classes.values(), labels)
+
+
+def write_lists(root, splits, classes, labels):
+    """Write what a DataFolder reads beside images: {split: ids}, class names and {id: class names}."""
+    lists = {f"ImageSets/Segmentation/{split}.txt": ids for split, ids in splits.items()} | {"classes.txt": classes}
+    for path, lines in lists.items():
+        with usage.written(root / path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n")
+    usage.write_json(root / "labels.json", labels)                              # the last: its being there means done
 
 
 TOY_CLASSES = {  # hue of head and body, hue of the glow, ink on the head (u, v in its radii)
@@ -386,18 +379,15 @@ def draw_toy(root, train=800, val=200, side=128):
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".partial-{root.name}-", dir=root.parent) as temporary:
         drawn, labels = Path(temporary, root.name), {}
-        for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-            (drawn / folder).mkdir(parents=True)
-        for key, (split, count) in enumerate({"train": train, "val": val}.items()):
-            names = [f"{split}_{number:04d}" for number in range(count)]
-            (drawn / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
+        (drawn / "JPEGImages").mkdir(parents=True)
+        splits = {split: [f"{split}_{k:04d}" for k in range(count)] for split, count in (("train", train), ("val", val))}
+        for key, names in enumerate(splits.values()):
             for number, name in enumerate(names):
                 photo, mask = draw_scene(np.random.default_rng((key, number)), side)
                 Image.fromarray(photo).save(drawn / f"JPEGImages/{name}.jpg", quality=95)
                 usage.save_mask(drawn / f"SegmentationClass/{name}.png", mask)
                 labels[name] = [c for k, c in enumerate(TOY_CLASSES, start=1) if (mask == k).any()]
-        (drawn / "labels.json").write_text(json.dumps(labels))
-        (drawn / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")
+        write_lists(drawn, splits, TOY_CLASSES, labels)
         try:
             os.replace(drawn, root)
         except OSError:

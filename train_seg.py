@@ -41,7 +41,7 @@ class Segmenter(nn.Module):
         self.head = DeepLabHead(network.channels, num_classes + 1, atrous_rates=(6, 12, 18))    # DeepLab's at stride 16
 
     def forward(self, images):
-        return self.head(self.network.features(images))
+        return self.head(self.network.features(images)[0])
 
 
 @torch.no_grad()
@@ -74,44 +74,36 @@ def main():
     add("--refine", action=argparse.BooleanOptionalAction, default=True,
         help="let the predicted label maps follow the edges of the image (default yes)")
     add("--seed", type=number(0, 2**32, int), default=0, help="of all random numbers (default 0)")
-    add("--workers", type=number(0, 1e3, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
+    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
-    device = usage.start_processes(args.device, args.workers)
+    device = usage.start_processes(args.device)
 
     # ---- the run so far
     network, trained = usage.load_classifier(args.run)
-    kind, start = ("cnn" if trained["backbone"] in usage.CNNS else "transformer",
-                   "scratch" if trained["weights"] == "none" else "pretrained")
-    for key, value in RECIPES[kind, start].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    again = f"run make_seeds.py --run {args.run} to its end"
-    folder = args.pseudo_masks
+    usage.take_defaults(args, RECIPES, trained["backbone"], trained["weights"])
+    folder, remedy = args.pseudo_masks, "add it, or correct --pseudo-masks"
     if not folder:
-        refined = usage.read_json(args.run / "seeds.json", ["refine"], again)["refine"]
+        remedy = f"run make_seeds.py --run {args.run} to its end"
+        refined = usage.read_json(args.run / "seeds.json", ["refine"], remedy)["refine"]
         folder = args.run / ("pseudo_masks" if refined else "seeds")
     data = usage.open_run_data(args.run, trained, args.data, [folder])
     ids, val_ids = data.ids(trained["split"]), data.ids("val") if data.list("val").is_file() else []
     masks = [folder / f"{name}.png" for name in ids]
     for mask in masks:
         if not usage.is_there(mask):
-            raise usage.InputError(f"{mask}: not there, or empty; {again}")
+            raise usage.InputError(f"{mask}: not there, or empty; {remedy}")
     transform = v2.Compose([v2.RandomResizedCrop(trained["size"], scale=(0.4, 1.0)), v2.RandomHorizontalFlip(),
                             v2.ColorJitter(*3 * [trained["jitter"]]), usage.TO_TENSOR])
     photographs = usage.Photographs(data, ids, folder, transform, args.seed)
     loader = usage.training_loader(photographs, args.batch_size, args.workers, device)
-    if usage.RANK == 0:
-        print(f"{data.root}: {len(ids)} label maps of {folder}; {trained['backbone']} with DeepLab's head on {device} x "
-              f"{usage.WORLD}")
+    print(f"{data.root}: {len(ids)} label maps of {folder}; {trained['backbone']} with DeepLab's head on {device} x "
+          f"{usage.WORLD}")
 
     # ---- network and optimiser
     torch.manual_seed(args.seed)
-    frozen = (kind, start) == ("cnn", "pretrained")                              # BatchNorm of the trunk, as in stage 1
-    if frozen:
-        usage.freeze_batchnorm(network)
     segmenter = Segmenter(network, len(data.classes)).to(device, memory_format=torch.channels_last)
-    groups = [{"params": [p for p in segmenter.network.parameters() if p.requires_grad], "lr": args.lr},
+    groups = [{"params": segmenter.network.parameters(), "lr": args.lr},
               {"params": segmenter.head.parameters(), "lr": 10 * args.lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=trained["weight_decay"], fused=True)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimiser, args.epochs * len(loader), power=0.9)
@@ -124,11 +116,8 @@ def main():
                                  "classes": data.classes, "data": str(data.root.resolve())}
     usage.check_results(args.run / "segmentation.json", predicted_with, [args.run / "segmentation"])
     parts = {"segmenter": segmenter, "optimiser": optimiser, "schedule": schedule}
-    progress = {"epoch": 0, "seconds": 0.0}
-    for _, log in usage.training_epochs(args.run / "segmenter.pt", settings, parts, progress, args.epochs, loader):
+    for _, log in usage.training_epochs(args.run / "segmenter.pt", settings, parts, {"epoch": 0}, args.epochs, loader):
         segmenter.train()
-        if frozen:
-            usage.freeze_batchnorm(segmenter.network)
         for images, labels in loader:
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True).long()                # (B, H, W), the pseudo masks
@@ -146,8 +135,7 @@ def main():
 
     # ---- prediction
     todo = [name for name in val_ids[usage.RANK::usage.WORLD] if not usage.is_there(args.run / f"segmentation/{name}.png")]
-    if usage.RANK == 0:
-        print(f"\ntrained in {progress['seconds'] / 60:.1f} min; labelling {len(val_ids)} images of val")
+    print(f"\nlabelling {len(val_ids)} images of val")
     segmenter.eval()
     log = usage.Log(args.run / "segmentation.jsonl", len(todo))
     if val_ids:
@@ -157,9 +145,8 @@ def main():
         labels = predict(segmenter, image[None].to(device), trained["size"], args.refine)
         usage.save_mask(args.run / f"segmentation/{name}.png", labels.cpu())
         print(log.line(1), end="", flush=True)
-    if usage.WORLD > 1:
-        torch.distributed.barrier()
-    if usage.RANK == 0 and val_ids and data.has_masks(val_ids):
+    usage.wait_for_all()
+    if val_ids and data.has_masks(val_ids):
         print(f"\nnext: python eval.py --run {shlex.quote(str(args.run))}")
 
 

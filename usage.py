@@ -242,7 +242,7 @@ def label_map(maps, threshold, classes=None):
     maps (B, K, H, W), threshold in the same unit; classes (K,), the numbers of the classes that the maps are of, where
     they are not 0 ... K - 1 -> (B, H, W) int64 with 0 background and c + 1 for class c.
     """
-    winner = F.pad(maps, (0, 0, 0, 0, 1, 0), value=threshold).argmax(1)             # (B, H, W), 0 where none exceeds it
+    winner = F.pad(maps, (0, 0, 0, 0, 1, 0), value=threshold).max(1).indices        # (B, H, W), 0 where none exceeds it
     return winner if classes is None else F.pad(classes + 1, (1, 0))[winner]
 
 
@@ -272,9 +272,10 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
         padded = F.pad(picture, (reach,) * 4, mode="replicate")
         return [padded[..., y:y + h, x:x + w] for y, x in corners]
 
-    around = torch.stack(neighbours(x))                                             # (48, B, 3, h, w)
-    sigma = torch.linalg.vector_norm(around - around.mean(0), dim=0) / (len(around) - 1) ** 0.5 + 1e-8  # (B, 3, h, w)
-    a = torch.softmax(around.sub_(x).abs_().div_(-0.1 * sigma).mean(2), 0)[:, :, None]  # (48, B, 1, h, w), in place: faster
+    around = neighbours(x)                                                          # 48 of (B, 3, h, w)
+    mean = sum(around) / len(around)
+    sigma = (sum((y - mean) ** 2 for y in around) / (len(around) - 1)).sqrt() + 1e-8                    # (B, 3, h, w)
+    a = torch.stack([((y - x).abs() / (-0.1 * sigma)).mean(1, keepdim=True) for y in around]).softmax(0)    # (48, B, 1, h, w)
     for _ in range(iterations):
         spread = torch.zeros_like(p)                                                # (B, K, h, w)
         for weight, neighbour in zip(a, neighbours(p)):
@@ -306,22 +307,33 @@ class ActivationNetwork(nn.Module):
 
     beyond = 1                                                  # the outermost positions are corner pixels at 16k + 1
 
-    def __init__(self, trunk, channels, num_classes):
+    def __init__(self, trunk, channels, num_classes, frozen):
         super().__init__()
-        self.trunk, self.channels = trunk, channels
+        self.trunk, self.channels, self.frozen = trunk, channels, frozen
         self.dropout = nn.Dropout(0.0)
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
 
-    def features(self, images):
-        """(B, 3, H, W) -> (B, D, h, w)."""
-        return self.trunk(images)
+    def features(self, images, return_attention=False):
+        """(B, 3, H, W) -> (B, D, h, w), and None: there is no attention."""
+        return self.trunk(images), None
 
-    def forward(self, images):
-        return self.classifier(self.dropout(self.features(images)))                 # (B, D, h, w) -> (B, C, h, w)
+    def forward(self, images, return_attention=False):
+        """(B, 3, H, W) -> activations (B, C, h, w), with `return_attention` also the attention of `features`."""
+        features, attention = self.features(images, return_attention)
+        s = self.classifier(self.dropout(features))                                 # (B, D, h, w) -> (B, C, h, w)
+        return (s, attention) if return_attention else s
 
     def fitting_size(self, size):
         """An (H, W) near `size` on which positions fall evenly."""
         return tuple(max(1, round(side / STRIDE)) * STRIDE + self.beyond for side in size)
+
+    def train(self, mode=True):
+        """As torch's; if `frozen`, BatchNorm uses its statistics and weights as they are, in training too."""
+        super().train(mode)
+        for module in self.modules():
+            if self.frozen and isinstance(module, nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
+        return self
 
 
 class TransformerNetwork(ActivationNetwork):
@@ -330,17 +342,20 @@ class TransformerNetwork(ActivationNetwork):
     beyond = 0                                                  # patches fill sides of 16k
 
     def features(self, images, return_attention=False):
-        """(B, 3, H, W) -> (B, D, h, w), with `return_attention` also each block's attention (B, blocks, 1 + N, 1 + N).
+        """(B, 3, H, W) -> (B, D, h, w), and with `return_attention` each block's attention (B, blocks, 1 + N, 1 + N).
 
         Attention: rows attend to columns, the class token first, the mean over heads.
         """
-        encoder = self.trunk.encoder
+        encoder, embedding = self.trunk.encoder, self.trunk.encoder.pos_embedding   # (1, 1 + n*n, D)
         h, w = (math.ceil(side / STRIDE) for side in images.shape[-2:])
         if images.shape[-2:] != (h * STRIDE, w * STRIDE):
             images = F.interpolate(images, (h * STRIDE, w * STRIDE), mode="bilinear", align_corners=False)
-        patches = self.trunk.conv_proj(images).flatten(2).transpose(1, 2)           # (B, D, h, w) -> (B, N, D)
-        tokens = torch.cat([self.trunk.class_token.expand(len(images), -1, -1), patches], 1)    # (B, 1 + N, D)
-        tokens, attention = tokens + self.position_embedding(h, w), []
+        patches = self.trunk.conv_proj(images)                                      # (B, D, h, w)
+        grid = embedding[:, 1:].transpose(1, 2).unflatten(2, 2 * (math.isqrt(embedding.shape[1] - 1),))     # (1, D, n, n)
+        patches = patches + F.interpolate(grid, (h, w), mode="bicubic", align_corners=False)
+        token = (self.trunk.class_token + embedding[:, :1]).expand(len(images), -1, -1)             # (B, 1, D)
+        tokens = torch.cat([token, patches.flatten(2).transpose(1, 2)], 1)          # (B, 1 + N, D)
+        attention = []
         for block in encoder.layers:
             query = block.ln_1(tokens)
             change, weights = block.self_attention(query, query, query, need_weights=return_attention)
@@ -348,28 +363,14 @@ class TransformerNetwork(ActivationNetwork):
             tokens = tokens + block.mlp(block.ln_2(tokens))
             attention.append(weights)
         features = encoder.ln(tokens)[:, 1:].transpose(1, 2).unflatten(2, (h, w))   # (B, 1 + N, D) -> (B, D, h, w)
-        return (features, torch.stack(attention, 1).float()) if return_attention else features
-
-    def position_embedding(self, h, w):
-        """The embedding of the class token and of a h x w grid of patches: (1, 1 + h*w, D), interpolated (bicubic)."""
-        embedding = self.trunk.encoder.pos_embedding                                # (1, 1 + n*n, D)
-        side = math.isqrt(embedding.shape[1] - 1)
-        grid = embedding[:, 1:].transpose(1, 2).unflatten(2, (side, side))          # (1, D, n, n)
-        grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
-        return torch.cat([embedding[:, :1], grid], 1)
-
-    def forward(self, images, return_attention=False):
-        """(B, 3, H, W) -> activations (B, C, h, w), with `return_attention` also `features`' attention."""
-        if not return_attention:
-            return super().forward(images)
-        features, attention = self.features(images, return_attention=True)
-        return self.classifier(self.dropout(features)), attention
+        return features, torch.stack(attention, 1).float() if return_attention else None
 
 
-def build_network(backbone, num_classes, state=None):
+def build_network(backbone, num_classes, state=None, frozen=False):
     """A network from images to activations, with drop-path on every residual branch, all rates 0.
 
-    backbone: one of BACKBONES; state: torchvision's state dict of it without the classifier, which is new in every case.
+    backbone: one of BACKBONES; state: torchvision's state dict of it without the classifier, which is new in every case;
+    frozen: BatchNorm stays as it is, the field's custom for pretrained CNNs.
     Raises InputError for an unknown backbone and RuntimeError for a state that does not fit.
     """
     if backbone not in BACKBONES:
@@ -390,7 +391,8 @@ def build_network(backbone, num_classes, state=None):
     if backbone in CNNS:
         keep_stride(trunk[14:] if backbone == "mobilenet_v2" else trunk.layer4)     # what goes from stride 16 to 32
     add_drop_path(trunk)
-    return (TransformerNetwork if backbone in DEITS else ActivationNetwork)(trunk, channels, num_classes)
+    network = (TransformerNetwork if backbone in DEITS else ActivationNetwork)(trunk, channels, num_classes, frozen)
+    return network.train()
 
 
 def keep_stride(stage):
@@ -453,13 +455,6 @@ def multi_scale_activations(network, image, base, scales, flip, affinity=False):
             s = spread_activations(s, attention[:, -AFFINITY_BLOCKS:, 1:, 1:].mean(1))
         activations += [s[:1], s[1:].flip(-1)] if flip else [s]
     return activations
-
-
-def freeze_batchnorm(network):
-    """Let BatchNorm use its statistics and weights as they are; to be called again after network.train()."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval().requires_grad_(False)
 
 
 def fast_autocast(device):
@@ -707,7 +702,9 @@ def one_line_errors(how_to_go_on):
         os._exit(141)
     except OSError as error:
         wants_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
-        message = f"{error}: {'make room or give access there, then ' if wants_room else ''}{how_to_go_on}"
+        in_the_way = error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+        first = "make room or give access there, then " * wants_room + "move away what is there, then " * in_the_way
+        message = f"{error}: {first}{how_to_go_on}"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
@@ -729,13 +726,22 @@ def number(low, high, kind=float):
     return parse
 
 
-def start_processes(device, workers):
+def take_defaults(args, recipes, backbone, weights):
+    """Give each flag that was left out, None, its value of a script's table RECIPES; return that row of it."""
+    recipe = recipes["cnn" if backbone in CNNS else "transformer", "scratch" if weights == "none" else "pretrained"]
+    for key, value in recipe.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    return recipe
+
+
+def start_processes(device):
     """The torch.device to compute on, after joining torchrun's other processes where there are any (nccl or gloo).
 
-    device: "auto" takes CUDA where there is one. InputError for one that does not exist and for too many workers.
+    device: "auto" takes CUDA where there is one. InputError for one that does not exist. Only the first process is heard.
     """
-    if workers > CORES:
-        raise InputError(f"--workers {workers}: this machine has {CORES} cores; pass 0 to {CORES}")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and WORLD > 1:
@@ -747,6 +753,12 @@ def start_processes(device, workers):
     if WORLD > 1:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
+
+
+def wait_for_all():
+    """Go on when every process has come here."""
+    if WORLD > 1:
+        torch.distributed.barrier()
 
 
 def process_mean(*values):
@@ -800,8 +812,7 @@ def check_results(path, settings, folders):
         check_settings(path, read_json(path, remedy=remedy), settings, remedy)
     elif any(folder.is_dir() and any(folder.iterdir()) for folder in folders):
         raise InputError(f"{path}: is missing, so nobody knows what the results beside it were made with; {remedy}")
-    if WORLD > 1:
-        torch.distributed.barrier()                             # nobody writes before all have looked
+    wait_for_all()                                              # nobody writes before all have looked
 
 
 def write_json(path, table):
@@ -826,7 +837,7 @@ def load_classifier(run):
     with reading(path, f"not a classifier of train_cls.py: {remedy}"):
         settings, epoch = state["settings"], state["progress"]["epoch"]
         epochs = settings["epochs"] + settings["reg_epochs"]
-        network = build_network(settings["backbone"], len(settings["classes"]))
+        network = build_network(settings["backbone"], len(settings["classes"]), frozen=settings["weights"] != "none")
         network.load_state_dict(state["student"])
     if epoch < epochs:
         raise InputError(f"{path}: {epoch} of {epochs} epochs done; run train_cls.py again, it goes on there")
@@ -852,7 +863,7 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
     """The frame of a training: go on where it stopped, yield (epoch, log) for each epoch still to be done, save after it.
 
     path of the checkpoint, the log beside it; parts {name: object with a state_dict}; progress {"epoch": how many are
-    done, "seconds": ..., and what else the loop keeps there}. Random numbers follow from seed, epoch and process alone.
+    done, and what else the loop keeps there}. Random numbers follow from seed, epoch and process alone.
     """
     if path.is_file():
         remedy = "pass another --run, or remove it to start again"
@@ -865,12 +876,11 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
     images = len(loader) * loader.batch_size * WORLD                        # of an epoch
     log = Log(path.with_suffix(".jsonl"), epochs * images, progress["epoch"] * images)
     for epoch in range(progress["epoch"], epochs):
-        start = time.time()
         torch.manual_seed(hash((settings["seed"], epoch, RANK)))            # an epoch done again is the same epoch
         loader.sampler.set_epoch(epoch)
         loader.dataset.epoch = epoch
         yield epoch, log
-        progress.update(epoch=epoch + 1, seconds=progress["seconds"] + time.time() - start)
+        progress["epoch"] = epoch + 1
         states = {name: part.state_dict() for name, part in parts.items()}
         tensors = (value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor))
         if not all(tensor.isfinite().all() for tensor in tensors):
