@@ -16,16 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import usage
-
-
-def confusion_matrix(truth, predicted, num_classes):
-    """Pixels by (true class, predicted class), void left out: two integer maps of one shape -> (C + 1, C + 1) int64."""
-    valid = truth != usage.VOID
-    pairs = truth[valid].long() * (num_classes + 1) + predicted[valid].long()
-    return torch.bincount(pairs, minlength=(num_classes + 1) ** 2).view(num_classes + 1, num_classes + 1)
 
 
 def metrics(confusion):
@@ -36,24 +30,19 @@ def metrics(confusion):
     return {"IoU": true_positive / union, "FPR": false_positive / union, "FNR": false_negative / union}
 
 
-def count_levels(truth, classes, maps, num_classes):
-    """Pixels by (true class, strongest class, its level), void left out: enough for every threshold at once.
+def count_levels(truth, labels, levels, num_classes):
+    """Pixels by (true class, predicted class, its level), void left out: enough for every threshold at once.
 
-    truth (H, W), classes (K,), maps (K, H, W) uint8: seed maps * 255 -> (C + 1, C + 1, 256) int64.
+    truth, labels (H, W): 0 background, c + 1 for class c; levels (H, W) in 0 ... 255 -> (C + 1, C + 1, 256) int64.
     """
     shape = (num_classes + 1, num_classes + 1, 256)
-    if len(classes):
-        best, winner = maps.max(0)                                                  # (K, H, W) -> (H, W)
-        predicted = classes[winner] + 1
-    else:
-        best = predicted = torch.zeros_like(truth)
     valid = truth != usage.VOID
-    cells = (truth[valid].long() * shape[1] + predicted[valid].long()) * 256 + best[valid].long()
+    cells = (truth[valid].long() * shape[1] + labels[valid].long()) * 256 + levels[valid].long()
     return torch.bincount(cells, minlength=math.prod(shape)).view(shape)
 
 
 def at_threshold(counts, threshold):
-    """The confusion matrix (C + 1, C + 1) that `usage.label_map` would give at a threshold, from `count_levels`."""
+    """The confusion matrix (C + 1, C + 1), from `count_levels`: levels / 255 not above the threshold are background."""
     above = torch.arange(256) / 255 > threshold
     matrix = counts[..., above].sum(-1)
     matrix[:, 0] += counts[..., ~above].sum((1, 2))                                 # what is not above is background
@@ -93,14 +82,14 @@ def progress(names):
 
 def compare(ids, folder, true_mask, num_classes):
     """The confusion matrix of the label maps <id>.png of a folder against true_mask(id)."""
-    confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
+    counts = 0
     for name in progress(ids):
         truth, path = true_mask(name), folder / f"{name}.png"
-        predicted = usage.read_mask(path, truth.shape, num_classes)
-        if (predicted == usage.VOID).any():
+        labels = usage.read_mask(path, truth.shape, num_classes)
+        if (labels == usage.VOID).any():
             raise usage.InputError(f"{path}: has void (255), a prediction must not; measure a run's pseudo masks by --run")
-        confusion += confusion_matrix(truth, predicted, num_classes)
-    return confusion
+        counts += count_levels(truth, labels, torch.full_like(labels, 255), num_classes)
+    return at_threshold(counts, 0)
 
 
 def measure_run(run, data_root, with_sweep):
@@ -109,7 +98,7 @@ def measure_run(run, data_root, with_sweep):
     for what, path in (("seeds", run / "seeds.json"), ("segmentation", run / "segmentation.json")):
         if not path.is_file():
             continue
-        keys = ["data", "classes", "split", "refine", *(["threshold", "class_threshold"] if what == "seeds" else [])]
+        keys = ["data", "classes", "split", *(["threshold", "class_threshold"] if what == "seeds" else ["refine"])]
         settings = usage.read_json(path, keys)
         data = usage.open_run_data(run, settings, data_root)
         split = "train" if settings["split"] == "train_aug" else settings["split"]  # the part of it that has masks
@@ -140,21 +129,19 @@ def measure_seeds(run, data, ids, settings, facts, with_sweep):
 
     Pixels that a pseudo mask leaves void count as what they would be without.
     """
-    kinds = {"maps": "seeds", "refined": "pseudo masks"} if settings["refine"] else {"maps": "seeds"}
-    counts, threshold = dict.fromkeys(kinds, 0), settings["threshold"]
+    counts, threshold = {"seeds": 0, "pseudo masks": 0}, settings["threshold"]
     for name in progress(ids):
-        path = run / f"maps/{name}.npz"
-        classes, maps = usage.load_maps(path)
-        if maps.keys() != kinds.keys():
-            raise usage.InputError(f"{path}: has not both kinds of maps; remove it and run make_seeds.py again")
-        truth = data.mask(name, maps["maps"].shape[1:])
-        for kind in kinds:
-            counts[kind] = counts[kind] + count_levels(truth, classes, maps[kind], len(data.classes))
+        classes, *both = usage.load_maps(run / f"maps/{name}.npz")
+        truth = data.mask(name, both[0].shape[1:])
+        for what, maps in zip(counts, both):
+            labels = usage.label_map(maps[None], 0, classes)[0]                         # (H, W), 0 where all maps are 0
+            levels = F.pad(maps, (0, 0, 0, 0, 1, 0)).amax(0)                            # (1 + K, H, W) -> (H, W)
+            counts[what] += count_levels(truth, labels, levels, len(data.classes))
     facts |= {"labels": "given" if settings["class_threshold"] is None else "predicted"}
-    entries = [summary(at_threshold(counts[kind], threshold), data.classes, what=what, **facts,
-                       threshold=f"{threshold} (fixed beforehand)") for kind, what in kinds.items()]
+    entries = [summary(at_threshold(counts[what], threshold), data.classes, what=what, **facts,
+                       threshold=f"{threshold} (fixed beforehand)") for what in counts]
     if with_sweep:
-        matrices = [at_threshold(counts["maps"], step) for step in torch.arange(101) / 100]
+        matrices = [at_threshold(counts["seeds"], step) for step in torch.arange(101) / 100]
         curve = [summary(matrix, data.classes) for matrix in matrices]
         best = int(np.argmax([point["mIoU"] or 0 for point in curve]))
         facts |= {"what": "seeds, oracle", "threshold": f"{best / 100} (ORACLE: the best of 101 on these very masks)"}

@@ -60,8 +60,8 @@ def parse_arguments():
     add("--affinity", action=argparse.BooleanOptionalAction,
         help="Transformers: spread the maps by the attention among patches (default: if pretrained)")
     add("--refine", action=argparse.BooleanOptionalAction, default=True,
-        help="let pseudo masks follow the edges of the image (default yes); without it train_seg.py learns the seeds")
-    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
+        help="let pseudo masks follow the edges of the image (default yes); without it they are the seeds")
+    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     if args.images and args.split:
@@ -89,27 +89,24 @@ def open_photographs(folder, classes):
     return SimpleNamespace(root=folder, classes=classes, images=images, masks=folder / "no true masks")
 
 
-def results_of(folder, name, refine):
+def results_of(folder, name):
     """The files of one image's results; all there and not empty means done."""
-    return [folder / f"seeds/{name}.png", folder / f"maps/{name}.npz",
-            *([folder / f"pseudo_masks/{name}.png"] if refine else [])]
+    return folder / f"seeds/{name}.png", folder / f"pseudo_masks/{name}.png", folder / f"maps/{name}.npz"
 
 
-def write_results(folder, name, present, maps, refined, threshold):
+def write_results(folder, name, present, maps, refined, threshold, uncertain=UNCERTAIN):
     """Write what is known of one image.
 
-    present (K,): the numbers of its classes; maps, refined (K, H, W) uint8: their seed maps * 255, refined may be None.
+    present (K,): the numbers of its classes; maps, refined (K, H, W) uint8: their seed maps * 255; in the pseudo mask
+    refined maps within `uncertain` of the threshold are void.
     """
-    arrays = {"classes": present.numpy(), "maps": maps.numpy()}
-    if refined is not None:
-        arrays["refined"] = refined.numpy()
-        mask = usage.label_map(refined[None] / 255, threshold, present)[0]          # (H, W)
-        if len(present):
-            mask[(refined.amax(0) / 255 - threshold).abs() < UNCERTAIN] = usage.VOID
-        usage.save_mask(folder / f"pseudo_masks/{name}.png", mask)
+    seed, mask = (usage.label_map(levels[None] / 255, threshold, present)[0] for levels in (maps, refined))     # (H, W)
+    if len(present):
+        mask[(refined.amax(0) / 255 - threshold).abs() < uncertain] = usage.VOID
     with usage.written(folder / f"maps/{name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    usage.save_mask(folder / f"seeds/{name}.png", usage.label_map(maps[None] / 255, threshold, present)[0])
+        np.savez_compressed(file, classes=present.numpy(), maps=maps.numpy(), refined=refined.numpy())
+    for path, labels in zip(results_of(folder, name), (seed, mask)):
+        usage.save_mask(path, labels)
 
 
 @torch.no_grad()
@@ -135,27 +132,25 @@ def main():
     predicted = folder != args.run
     if predicted and args.class_threshold is None:
         again = f"run train_cls.py --run {args.run} again, to its end"
-        learnt = usage.read_json(args.run / "classifier.json", ["class_threshold", "classifier"], again)
-        if learnt["classifier"] != trained["classifier"]:
-            raise usage.InputError(f"{args.run / 'classifier.json'}: of another classifier; {again}")
+        learnt = usage.read_json(args.run / "classifier.json", ["class_threshold"], again)
+        usage.check_settings(args.run / "classifier.json", learnt, {"classifier": trained["classifier"]}, again)
         args.class_threshold = learnt["class_threshold"]
     labels = torch.ones(len(ids), len(data.classes)) if predicted else data.labels(ids)
-    sizes = [data.images[name].stat().st_size for name in ids]                  # of files: another photograph, another size
+    photographs = data.images.values() if args.images else data.sizes(ids)
     settings = {"classifier": trained["classifier"], "threshold": args.threshold, "scales": args.scales, "flip": args.flip,
                 "affinity": args.affinity, "refine": args.refine, "split": split, "data": str(data.root.resolve()),
-                "classes": data.classes, "contents": usage.fingerprint(ids, sizes, labels),
+                "classes": data.classes, "contents": usage.fingerprint(ids, labels, *photographs),
                 "class_threshold": args.class_threshold if predicted else None}
     usage.check_results(folder / "seeds.json", settings, [folder / name for name in ("seeds", "pseudo_masks", "maps")])
     mine = range(usage.RANK, len(ids), usage.WORLD)
-    todo = [k for k in mine if not all(map(usage.is_there, results_of(folder, ids[k], args.refine)))]
+    todo = [k for k in mine if not all(map(usage.is_there, results_of(folder, ids[k])))]
     print(f"{data.root}: seeds of {len(ids)} images of {split}, {'predicted' if predicted else 'given'} labels, threshold "
           f"{args.threshold} (fixed), into {folder / 'seeds'}; {len(mine) - len(todo)} are there")
 
     # ---- seeds
     log = usage.Log(folder / "seeds.jsonl", len(mine), len(mine) - len(todo))
     usage.write_json(folder / "seeds.json", settings)
-    photographs = Readable if args.images else usage.Photographs
-    images = photographs(data, [ids[k] for k in todo], labels[todo])
+    images = (Readable if args.images else usage.Photographs)(data, [ids[k] for k in todo], labels[todo])
     loader = DataLoader(images, batch_size=None, num_workers=args.workers)
     for name, (image, has) in zip(images.ids, loader):
         if image is None:
@@ -173,17 +168,16 @@ def main():
             activations = usage.multi_scale_activations(network, image, base, args.scales, args.flip, args.affinity)
             activations = [s[:, present.to(device)] for s in activations]           # (1, C, h, w) -> (1, K, h, w)
             exact = usage.seed_maps(activations, size)                              # (1, K, H, W)
-            maps = (255 * exact[0]).round().byte().cpu()                            # (K, H, W), kept in 8 bits
-            if args.refine:
-                refined = (255 * usage.refine_maps(image, exact, args.threshold)[0]).round().byte().cpu()
-        write_results(folder, name, present, maps, refined if args.refine else None, args.threshold)
+            refined = usage.refine_maps(image, exact, args.threshold) if args.refine else exact
+            maps, refined = ((255 * x[0]).round().byte().cpu() for x in (exact, refined))       # (K, H, W), in 8 bits
+        write_results(folder, name, present, maps, refined, args.threshold, UNCERTAIN * args.refine)
         print(log.line(1), end="", flush=True)
 
     # ---- what there is to see
     usage.wait_for_all()
     if usage.RANK > 0:
         return
-    made = [name for name in ids if all(map(usage.is_there, results_of(folder, name, args.refine)))]
+    made = [name for name in ids if all(map(usage.is_there, results_of(folder, name)))]
     print()
     if predicted:
         found = {name: [data.classes[c] for c in usage.load_maps(folder / f"maps/{name}.npz")[0]] for name in made}
@@ -196,8 +190,7 @@ def main():
         if others:
             print(f"left out, as no photographs that can be read: {', '.join(others)}")
     if made:
-        columns = [folder / "seeds", *([folder / "pseudo_masks"] if args.refine else [])]
-        save_contact_sheet(folder / "seeds.png", data, made, columns, folder / "maps")
+        save_contact_sheet(folder / "seeds.png", data, made, [folder / "seeds", folder / "pseudo_masks"], folder / "maps")
         print(f"{folder / 'seeds.png'} shows some")
     run, following = shlex.quote(str(folder)), []
     if not predicted:
@@ -228,11 +221,11 @@ def save_contact_sheet(path, data, ids, folders, maps, width=180, height=120):
         pen.text((column * (width + 4) + 3, 3), heading, "black", font)
     for line, name in enumerate(ids):
         photo = np.asarray(usage.read_image(data.images[name]), dtype=np.float32)       # (H, W, 3)
-        classes, kinds = usage.load_maps(maps / f"{name}.npz")
+        classes, levels, _ = usage.load_maps(maps / f"{name}.npz")
         tiles = [(photo, []), (0.35 * photo, [("no class", "black")])]                  # pixels, and (text, colour) on them
         if len(classes):
-            strongest = kinds["maps"].sum((1, 2)).argmax()
-            heat = 3 * kinds["maps"][strongest].numpy()[..., None] / 255 - np.arange(3)     # from black over red to white
+            strongest = levels.sum((1, 2)).argmax()
+            heat = 3 * levels[strongest].numpy()[..., None] / 255 - np.arange(3)            # from black over red to white
             grey = photo.mean(2, keepdims=True)
             tiles[1] = 166 * heat.clip(0, 1) + 0.35 * grey, [(data.classes[classes[strongest]], "black")]
         for folder in folders:

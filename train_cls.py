@@ -15,9 +15,7 @@ import colorsys
 import functools
 import json
 import math
-import os
 import shlex
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +83,7 @@ def parse_arguments():
     add("--lr", type=number(0, 1e6), help="peak of the one-cycle schedule; the classifier on a pretrained trunk gets 10 x")
     add("--weight-decay", type=number(0, 1e6))
     add("--seed", type=number(0, 2**32, int), default=0, help="of all random numbers (default 0)")
-    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
+    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     if args.download and not args.data:
@@ -109,11 +107,10 @@ def teacher_activations(teacher, images, views):
 
     images (B, 3, H, W) -> (B, C, h, w), without gradient, put back in place.
     """
-    with usage.fast_autocast(images.device):
-        if views == "adjusted":
-            return teacher(images)
-        size = teacher.fitting_size([0.75 * side for side in images.shape[-2:]])
-        s = teacher(F.interpolate(images.flip(-1), size, mode="bilinear", align_corners=False, antialias=True))
+    if views == "adjusted":
+        return teacher(images)
+    size = teacher.fitting_size([0.75 * side for side in images.shape[-2:]])
+    s = teacher(F.interpolate(images.flip(-1), size, mode="bilinear", align_corners=False, antialias=True))
     h, w = (math.ceil(side / usage.STRIDE) for side in images.shape[-2:])
     return F.interpolate(s.float().flip(-1), (h, w), mode="bilinear", align_corners=False)
 
@@ -171,7 +168,6 @@ def main():
     split = "train_aug" if data.list("train_aug").is_file() else "train"
     ids, val_ids = data.ids(split), data.ids("val") if data.list("val").is_file() else []
     train_labels, val_labels = data.labels(ids), None
-    sizes = [data.images[name].stat().st_size for name in ids]                  # of files: another photograph, another size
     try:
         val_labels = data.labels(val_ids) if val_ids else None
     except usage.InputError as error:                                           # images to segment need none
@@ -202,7 +198,7 @@ def main():
 
     # ---- training
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "download", "workers", "device")}
-    contents = usage.fingerprint(data.classes, ids, sizes, train_labels, *(state or {}).values())
+    contents = usage.fingerprint(data.classes, ids, data.sizes(ids), train_labels, *(state or {}).values())
     settings |= {"data": str(data.root.resolve()), "contents": contents, "classes": data.classes, "split": split}
     status = functools.partial(usage.learning_status, chance_loss=chance) if args.adaptive else lambda _: 1.0   # q
     parts = {"student": student, "teacher": teacher, "optimiser": optimiser, "schedule": schedule}
@@ -218,9 +214,8 @@ def main():
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)                       # (B, C)
             q = status(progress["running"])
-            strong, weak = usage.adjustment_rates(q, max_rate, args.weak_ratio)
-            usage.set_adjustment(student, strong)
-            usage.set_adjustment(teacher.module, weak)
+            usage.set_adjustment(student, max_rate * q)                                         # strong
+            usage.set_adjustment(teacher.module, args.weak_ratio * max_rate * q)                # weak
 
             s, alpha = usage.activate(ddp, images, args.temperature, args.attention)            # (B, C, h, w)
             generation = usage.generation_loss(s, alpha, labels)                                # L_GEN
@@ -278,17 +273,16 @@ def pretrained_weights(backbone, weights):
     """
     if weights == "none":
         return None
-    if weights != "imagenet":
-        state = usage.load_checkpoint(weights, "pass --weights imagenet, none, or the path of a state dict")
-    else:
-        with usage.reading(f"the ImageNet weights of {backbone}", "pass --weights FILE with a state dict, or none"):
-            if backbone in DEIT_FILES:
-                url = DEIT_WEIGHTS.format(DEIT_FILES[backbone])
-                state = torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True)
-            else:
-                versions = torchvision.models.get_model_weights(backbone)
-                state = versions["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
-    with usage.reading(f"weights {weights}", "pass --weights imagenet, none, or the path of a state dict"):
+    remedy = "pass --weights FILE with a state dict, imagenet, or none"
+    with usage.reading(f"weights {weights} of {backbone}", remedy):
+        if weights != "imagenet":
+            state = usage.load_checkpoint(weights, remedy)
+        elif backbone in DEIT_FILES:
+            url = DEIT_WEIGHTS.format(DEIT_FILES[backbone])
+            state = torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True)
+        else:
+            versions = torchvision.models.get_model_weights(backbone)
+            state = versions["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
         state = state.get("model", state)                       # DeiT's files keep the weights under this key
         if "patch_embed.proj.weight" in state:
             state = convert_deit(state)
@@ -372,27 +366,20 @@ def draw_toy(root, train=800, val=200, side=128):
     A critter's small patterned head gives its class away; its long body has the class's hue in most critters only (a
     CNN's seed covers the head and little more). Most lie in a soft glow of the class's, which is not part of them (a
     Transformer's seed spreads over the ground). Pebbles come in all hues.
-    The same pictures on every machine, up to the JPEG library. Returns root; writes nothing if it is there.
+    The same pictures on every machine, up to the JPEG library. Returns root; writes nothing if its labels are there.
     """
-    if root.is_dir():
+    if (root / "labels.json").is_file():
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".partial-{root.name}-", dir=root.parent) as temporary:
-        drawn, labels = Path(temporary, root.name), {}
-        (drawn / "JPEGImages").mkdir(parents=True)
-        splits = {split: [f"{split}_{k:04d}" for k in range(count)] for split, count in (("train", train), ("val", val))}
-        for key, names in enumerate(splits.values()):
-            for number, name in enumerate(names):
-                photo, mask = draw_scene(np.random.default_rng((key, number)), side)
-                Image.fromarray(photo).save(drawn / f"JPEGImages/{name}.jpg", quality=95)
-                usage.save_mask(drawn / f"SegmentationClass/{name}.png", mask)
-                labels[name] = [c for k, c in enumerate(TOY_CLASSES, start=1) if (mask == k).any()]
-        write_lists(drawn, splits, TOY_CLASSES, labels)
-        try:
-            os.replace(drawn, root)
-        except OSError:
-            if not root.is_dir():                               # else another process was faster
-                raise
+    splits = {split: [f"{split}_{k:04d}" for k in range(count)] for split, count in (("train", train), ("val", val))}
+    labels = {}
+    for key, names in enumerate(splits.values()):
+        for number, name in enumerate(names):
+            photo, mask = draw_scene(np.random.default_rng((key, number)), side)
+            with usage.written(root / f"JPEGImages/{name}.jpg") as temporary:
+                Image.fromarray(photo).save(temporary, quality=95)
+            usage.save_mask(root / f"SegmentationClass/{name}.png", mask)
+            labels[name] = [c for k, c in enumerate(TOY_CLASSES, start=1) if (mask == k).any()]
+    write_lists(root, splits, TOY_CLASSES, labels)
     return root
 
 

@@ -3,9 +3,9 @@
     python train_seg.py --run runs/toy-resnet50
     python train_seg.py --run runs/toy-resnet50 --pseudo-masks DIR     on anybody's pseudo masks of the same images
 
-The backbone of stage 1 with torchvision's DeepLab head. Reads classifier.pt and pseudo_masks/, or seeds/ where there was
-no refinement. Writes segmenter.pt, segmenter.jsonl and segmentation/<id>.png into the run folder; started again, it goes
-on after the last finished epoch. No true mask is opened. Next: eval.py.
+The backbone of stage 1 with torchvision's DeepLab head. Reads classifier.pt and pseudo_masks/. Writes segmenter.pt, its log
+segmenter.jsonl, segmentation/<id>.png and what those were made with, segmentation.json, into the run folder; started again,
+it goes on after the last finished epoch. No true mask is opened. Next: eval.py.
 """
 
 import argparse
@@ -41,7 +41,8 @@ class Segmenter(nn.Module):
         self.head = DeepLabHead(network.channels, num_classes + 1, atrous_rates=(6, 12, 18))    # DeepLab's at stride 16
 
     def forward(self, images):
-        return self.head(self.network.features(images)[0])
+        with usage.fast_autocast(images.device):
+            return self.head(self.network.features(images)[0])
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def main():
     add("--refine", action=argparse.BooleanOptionalAction, default=True,
         help="let the predicted label maps follow the edges of the image (default yes)")
     add("--seed", type=number(0, 2**32, int), default=0, help="of all random numbers (default 0)")
-    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"that load images (default {usage.WORKERS})")
+    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"load images (default {usage.WORKERS})")
     add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
     args = parser.parse_args()
     device = usage.start_processes(args.device)
@@ -82,11 +83,11 @@ def main():
     # ---- the run so far
     network, trained = usage.load_classifier(args.run)
     usage.take_defaults(args, RECIPES, trained["backbone"], trained["weights"])
-    folder, remedy = args.pseudo_masks, "add it, or correct --pseudo-masks"
-    if not folder:
-        remedy = f"run make_seeds.py --run {args.run} to its end"
-        refined = usage.read_json(args.run / "seeds.json", ["refine"], remedy)["refine"]
-        folder = args.run / ("pseudo_masks" if refined else "seeds")
+    folder = args.pseudo_masks or args.run / "pseudo_masks"
+    remedy = "add it, or correct --pseudo-masks" if args.pseudo_masks else f"run make_seeds.py --run {args.run} to its end"
+    if not args.pseudo_masks:
+        seeds = args.run / "seeds.json"
+        usage.check_settings(seeds, usage.read_json(seeds, remedy=remedy), {"classifier": trained["classifier"]}, remedy)
     data = usage.open_run_data(args.run, trained, args.data, [folder])
     ids, val_ids = data.ids(trained["split"]), data.ids("val") if data.list("val").is_file() else []
     masks = [folder / f"{name}.png" for name in ids]
@@ -110,10 +111,11 @@ def main():
     ddp = nn.parallel.DistributedDataParallel(segmenter) if usage.WORLD > 1 else segmenter
 
     # ---- training
-    settings = {"classifier": trained["classifier"], "contents": usage.fingerprint(ids, *masks), "epochs": args.epochs,
-                "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
-    predicted_with = settings | {"refine": args.refine, "split": "val", "val": usage.fingerprint(val_ids),
-                                 "classes": data.classes, "data": str(data.root.resolve())}
+    settings = {"classifier": trained["classifier"], "contents": usage.fingerprint(ids, data.sizes(ids), *masks),
+                "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+    val = usage.fingerprint(val_ids, data.sizes(val_ids))
+    predicted_with = settings | {"refine": args.refine, "split": "val", "val": val, "classes": data.classes,
+                                 "data": str(data.root.resolve())}
     usage.check_results(args.run / "segmentation.json", predicted_with, [args.run / "segmentation"])
     parts = {"segmenter": segmenter, "optimiser": optimiser, "schedule": schedule}
     for _, log in usage.training_epochs(args.run / "segmenter.pt", settings, parts, {"epoch": 0}, args.epochs, loader):
@@ -121,8 +123,7 @@ def main():
         for images, labels in loader:
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True).long()                # (B, H, W), the pseudo masks
-            with usage.fast_autocast(device):
-                logits = ddp(images)                                            # (B, C + 1, h, w)
+            logits = ddp(images)                                                # (B, C + 1, h, w)
             logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
             counted = (labels != usage.VOID).sum().clamp_min(1)
             loss = F.cross_entropy(logits, labels, ignore_index=usage.VOID, reduction="sum") / counted

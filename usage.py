@@ -6,7 +6,7 @@ we chose so.
 
     1. The paper         Sec. 4.1  spatial_activation_distribution (alpha), class_scores (s~), generation_loss (L_GEN)
                          Sec. 4.2  activation_unit (u), consistency_loss (L_REG), chance_loss, learning_status (q),
-                                   adjustment_rates, set_adjustment, ema_teacher
+                                   set_adjustment, ema_teacher
     2. Seeds             seed_maps, spread_activations (patch affinity), label_map, refine_maps: the field's protocol
     3. The networks      build_network: a CNN or a Transformer from images to activations; multi_scale_activations
     4. The data          DataFolder, the one layout; Photographs, the one data set; readers of images, masks and text
@@ -160,32 +160,21 @@ def learning_status(running_loss, chance_loss):
     return max(0.0, 1.0 - running_loss / chance_loss)
 
 
-def adjustment_rates(status, max_rate, weak_ratio):
-    """Drop rates of the two views: strong for the student, weak for the teacher, both growing with the learning status.
-
-        strong = max_rate * q,   weak = weak_ratio * strong
-
-    OURS: linear in q, the simplest rule that is 0 at the start. status (q), max_rate and weak_ratio in [0, 1] ->
-    (strong, weak) in [0, 1]. Raises ValueError outside of that. Source: Sec. 4.2.
-    """
-    if not (0 <= status <= 1 and 0 <= max_rate <= 1 and 0 <= weak_ratio <= 1):
-        raise ValueError(f"status, max_rate and weak_ratio must be in [0, 1], got {status}, {max_rate}, {weak_ratio}")
-    strong = max_rate * status
-    return strong, weak_ratio * strong
-
-
 def set_adjustment(network, rate):
     """Adjust a network by drop-path and dropout: residual branches, deeper ones likelier, features before the classifier.
+
+        student: rate = max_rate * q,     teacher: rate = weak_ratio * max_rate * q
 
     Sets `p` of every StochasticDepth (torchvision's drop-path, which drops a branch for single images; found by its name)
     to `rate * l / L` for the l-th of L in module order, and `p` of `network.dropout` to `rate`. Both act in training mode
     only; at rate 0 the network is exactly the plain one. rate in [0, 1], ValueError outside of it. Source: Sec. 4.2; OURS:
-    branches and features, where the paper's figure shows parts of layers dropped.
+    linear in q, the simplest rule that is 0 at the start; branches and features, where the paper's figure shows parts of
+    layers dropped.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate}")
     branches = [module for module in network.modules() if type(module).__name__ == "StochasticDepth"]
-    for l, branch in enumerate(branches, start=1):            
+    for l, branch in enumerate(branches, start=1):
         branch.p = rate * l / len(branches)                     # PAPER: grows with depth; OURS: linearly, the usual way
     network.dropout.p = rate
 
@@ -216,8 +205,8 @@ def seed_maps(activations, size):
     activations: a list of (B, K, h_k, w_k), of the present classes, flips already mirrored back; size (H, W) ->
     (B, K, H, W) in [0, 1], float32; 0 where a class is positive nowhere.
     Source: IRN (Ahn et al., CVPR 2019), MCTformer (Xu et al., CVPR 2022). Like theirs, the maps of a CNN are enlarged with
-    align_corners=False, although their outermost positions lie on the image's edge: it moves everything away from the
-    middle, by (k + 1) / k at a side of 16k + 1. IRN enlarges to the next multiple of 16 and cuts; we enlarge to the size.
+    align_corners=False, although their outermost positions lie on the image's edge: it moves everything towards the middle,
+    to k / (k + 1) of its distance at a side of 16k + 1. IRN enlarges to the next multiple of 16 and cuts; we to the size.
     """
     total = sum(F.interpolate(s.float().relu(), size, mode="bilinear", align_corners=False) for s in activations)
     return total / total.amax((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -275,7 +264,7 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
     around = neighbours(x)                                                          # 48 of (B, 3, h, w)
     mean = sum(around) / len(around)
     sigma = (sum((y - mean) ** 2 for y in around) / (len(around) - 1)).sqrt() + 1e-8                    # (B, 3, h, w)
-    a = torch.stack([((y - x).abs() / (-0.1 * sigma)).mean(1, keepdim=True) for y in around]).softmax(0)    # (48, B, 1, h, w)
+    a = torch.stack([((y - x).abs() / (-0.1 * sigma)).mean(1, keepdim=True) for y in around]).softmax(0)  # (48, B, 1, h, w)
     for _ in range(iterations):
         spread = torch.zeros_like(p)                                                # (B, K, h, w)
         for weight, neighbour in zip(a, neighbours(p)):
@@ -319,8 +308,9 @@ class ActivationNetwork(nn.Module):
 
     def forward(self, images, return_attention=False):
         """(B, 3, H, W) -> activations (B, C, h, w), with `return_attention` also the attention of `features`."""
-        features, attention = self.features(images, return_attention)
-        s = self.classifier(self.dropout(features))                                 # (B, D, h, w) -> (B, C, h, w)
+        with fast_autocast(images.device):
+            features, attention = self.features(images, return_attention)
+            s = self.classifier(self.dropout(features))                             # (B, D, h, w) -> (B, C, h, w)
         return (s, attention) if return_attention else s
 
     def fitting_size(self, size):
@@ -409,18 +399,11 @@ def keep_stride(stage):
 
 def add_drop_path(trunk):
     """Put torchvision's StochasticDepth, rate 0, at the end of every residual branch."""
-    def drop_path():
-        return StochasticDepth(0.0, mode="row")
+    ends = {BasicBlock: ["bn2"], Bottleneck: ["bn3"], InvertedResidual: ["conv"], EncoderBlock: ["dropout", "mlp"]}
     for block in list(trunk.modules()):
-        if isinstance(block, BasicBlock):
-            block.bn2 = nn.Sequential(block.bn2, drop_path())
-        elif isinstance(block, Bottleneck):
-            block.bn3 = nn.Sequential(block.bn3, drop_path())
-        elif isinstance(block, InvertedResidual) and block.use_res_connect:
-            block.conv.append(drop_path())
-        elif isinstance(block, EncoderBlock):
-            block.dropout = drop_path()                         # follows the attention; torchvision's is idle at rate 0
-            block.mlp.append(drop_path())
+        if getattr(block, "use_res_connect", True):             # an InvertedResidual may be without a shortcut
+            for name in ends.get(type(block), []):
+                setattr(block, name, nn.Sequential(getattr(block, name), StochasticDepth(0.0, mode="row")))
 
 
 def activate(network, images, temperature, attention=False):
@@ -429,10 +412,10 @@ def activate(network, images, temperature, attention=False):
     images (B, 3, H, W) -> s (B, C, h, w) and alpha (B, C, h, w), or with `attention` (B, 1, h, w): the mean over heads
     and blocks (OURS: all blocks, so that no depth is chosen), rescaled to sum to 1 over the patches.
     """
-    with fast_autocast(images.device):
-        s, weights = network(images, return_attention=True) if attention else (network(images), None)
     if not attention:
+        s = network(images)
         return s, spatial_activation_distribution(s, temperature)
+    s, weights = network(images, return_attention=True)
     weights = weights[:, :, 0, 1:].mean(1)                                          # (B, blocks, 1 + N, 1 + N) -> (B, N)
     return s, (weights / weights.sum(1, keepdim=True)).view(len(s), 1, *s.shape[2:])
 
@@ -449,10 +432,11 @@ def multi_scale_activations(network, image, base, scales, flip, affinity=False):
         view = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
         view = torch.cat([view, view.flip(-1)]) if flip else view                   # (1 or 2, 3, H_k, W_k)
         view = view.contiguous(memory_format=torch.channels_last)
-        with fast_autocast(image.device):
-            s, attention = network(view, return_attention=True) if affinity else (network(view), None)
         if affinity:
+            s, attention = network(view, return_attention=True)
             s = spread_activations(s, attention[:, -AFFINITY_BLOCKS:, 1:, 1:].mean(1))
+        else:
+            s = network(view)
         activations += [s[:1], s[1:].flip(-1)] if flip else [s]
     return activations
 
@@ -527,7 +511,7 @@ def image_files(folder, endings=(".jpg", ".jpeg", ".png")):
     """{id: path} of the images in a folder, hidden files left out; an id is a file name without its ending."""
     images = {}
     for path in sorted(Path(folder).iterdir()):
-        if path.suffix.lower() in endings and not path.name.startswith("."):
+        if path.suffix.lower() in endings and not path.name.startswith(".") and path.is_file():
             if path.stem in images:
                 raise InputError(f"{path}: there is {images[path.stem].name} too; results are named so, rename one")
             images[path.stem] = path
@@ -573,6 +557,10 @@ class DataFolder:
                 raise InputError(f"{self.root / 'JPEGImages' / name}.jpg: no such image; add it or take {name!r} out of "
                                  f"{path}")
         return ids
+
+    def sizes(self, ids):
+        """Of the image files, in bytes: another photograph has another size."""
+        return [self.images[name].stat().st_size for name in ids]
 
     def labels(self, ids):
         """Image-level labels: (len(ids), C), float32 in {0, 1}."""
@@ -706,9 +694,10 @@ def one_line_errors(how_to_go_on):
         first = "make room or give access there, then " * wants_room + "move away what is there, then " * in_the_way
         message = f"{error}: {first}{how_to_go_on}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        signs = "allocate memory", "killed by signal", "exited unexpectedly"    # the last two of a loader's worker
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in signs):
             raise
-        message = "the memory is full: pass a smaller --batch-size, --size or --scales"
+        message = "the memory is full: pass a smaller --batch-size, --size or --scales, or fewer --workers"
     finally:
         signal.signal(signal.SIGINT, before)
     print(f"\n{name}: {message}", file=sys.stderr, flush=True)
@@ -773,7 +762,7 @@ def process_mean(*values):
 def written(path):
     """Yield a temporary path in the same folder; at the end it becomes `path`, so that no partial file has that name."""
     path = Path(path)
-    temporary = path.with_name(f".partial-{path.name}")
+    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -792,7 +781,7 @@ def fingerprint(*contents):
     digest = hashlib.sha256()
     for content in contents:
         if isinstance(content, torch.Tensor):
-            digest.update(content.cpu().numpy().tobytes())
+            digest.update(content.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         else:
             digest.update(content.read_bytes() if isinstance(content, Path) else json.dumps(content).encode())
     return digest.hexdigest()[:12]
@@ -836,6 +825,7 @@ def load_classifier(run):
     state = load_checkpoint(path, remedy)
     with reading(path, f"not a classifier of train_cls.py: {remedy}"):
         settings, epoch = state["settings"], state["progress"]["epoch"]
+        [settings[key] for key in ("data", "split", "size", "jitter", "weight_decay", "temperature", "attention")]
         epochs = settings["epochs"] + settings["reg_epochs"]
         network = build_network(settings["backbone"], len(settings["classes"]), frozen=settings["weights"] != "none")
         network.load_state_dict(state["student"])
@@ -912,6 +902,8 @@ class Log:
             except BlockingIOError:
                 fail(f"{path.parent}: another process is at work there (`fuser {path}` tells which); wait for it, or pass "
                      "another --run")
+            for left in path.parent.glob(f".partial-*-{path.stem}.*"):      # by one that was killed
+                left.unlink()
             self.file.seek(0)
             with reading(path, "remove it"):
                 records = [record for record in map(json.loads, self.file) if record["images"] <= done]
@@ -952,11 +944,10 @@ def save_mask(path, mask):
 
 
 def load_maps(path):
-    """One image's classes (K,), and its seed maps {"maps": (K, H, W) uint8, "refined": the same, if it was refined}."""
+    """One image's classes (K,), its seed maps (K, H, W) uint8, and the same refined."""
     with reading(path, "not seed maps of make_seeds.py: remove it and run make_seeds.py again"):
         with np.load(path) as file:
-            arrays = {key: torch.from_numpy(file[key]) for key in file}
-        classes, maps = arrays.pop("classes"), arrays["maps"]
-        assert all(value.dtype == torch.uint8 and value.shape == maps.shape and len(value) == len(classes)
-                   for value in arrays.values()), "arrays of another shape"
-    return classes, arrays
+            classes, *maps = (torch.from_numpy(file[key]) for key in ("classes", "maps", "refined"))
+        assert all(levels.dtype == torch.uint8 and levels.shape == maps[0].shape and len(levels) == len(classes)
+                   for levels in maps), "arrays of another shape"
+    return classes, *maps
