@@ -4,7 +4,7 @@
     python eval.py --run runs/toy-resnet50 --sweep       also the best threshold that the truth can choose
     python eval.py --pred DIR --truth DIR                anybody's PNGs
 
-Per class, over all pixels of the split that are not void:
+Writes report.json into the run folder. Per class, over all pixels of the split that are not void:
     IoU = TP / (TP + FP + FN),   FPR = FP / (TP + FP + FN),   FNR = FN / (TP + FP + FN)      (they add up to 1)
 Means run over the C + 1 classes, background included. MCTformer's and WeakTr's definition.
 """

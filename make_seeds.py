@@ -10,6 +10,7 @@ Reads classifier.pt and .json. Writes into the run folder, or for the last two i
     maps/<id>.npz             the seed maps of the present classes behind both, which eval.py reads
     seeds.png                 a sheet of photograph | heat map | seed | pseudo mask | truth, where there is one
     labels.json               the predicted labels, where they are predicted
+    seeds.json, seeds.jsonl   the settings and the log
 True masks are opened for the last column of that sheet alone. Started again, it continues where it stopped.
 Next: train_seg.py, or eval.py.
 """

@@ -80,7 +80,7 @@ def parse_arguments():
     add("--epochs", type=number(0, 10**6, int), help="first, L_GEN alone")
     add("--reg-epochs", type=number(0, 10**6, int), help="then, L_GEN + lambda * L_REG, at half the learning rate")
     add("--batch-size", type=number(2, 10**6, int), help="over all processes; halve it when memory runs out")
-    add("--lr", type=number(0, 1e6), help="peak of the one-cycle schedule; the classifier on a pretrained trunk gets 10 x")
+    add("--lr", type=number(0, 1e6), help="peak of the first cycle; the classifier on a pretrained trunk gets 10 x")
     add("--weight-decay", type=number(0, 1e6))
     add("--seed", type=number(0, 2**32, int), default=0, help="of all random numbers (default 0)")
     add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"load images (default {usage.WORKERS})")

@@ -8,7 +8,7 @@ we chose so.
                          Sec. 4.2  activation_unit (u), consistency_loss (L_REG), chance_loss, learning_status (q),
                                    set_adjustment, ema_teacher
     2. Seeds             seed_maps, spread_activations (patch affinity), label_map, refine_maps: the field's protocol
-    3. The networks      build_network: a CNN or a Transformer from images to activations; multi_scale_activations
+    3. The networks      build_network: a CNN or a Transformer from images to activations; activate; multi_scale_activations
     4. The data          DataFolder, the one layout; Photographs, the one data set; readers of images, masks and text
     5. The run folder    one-line errors, checkpoints, logs, settings, the training loop's frame, the contact sheet
 
@@ -47,7 +47,7 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 
 try:
-    import fcntl                            # where there is none (Windows), nothing keeps two processes out of one folder
+    import fcntl  # where there is none (Windows), nothing keeps two processes out of one folder
 except ImportError:
     fcntl = None
 
@@ -123,9 +123,9 @@ def consistency_loss(student_log_alpha, teacher_alpha, labels):
         L_REG = mean over pairs (image, c) with y[c] = 1 of  sum_i alpha'[c,i] * (log alpha'[c,i] - log alpha[c,i])
 
     with s the student's activations, s' the teacher's, u the `activation_unit`: KL(teacher || student).
-    OURS: the digest of the paper does not name the distance; KL is the usual one between distributions. A tau2' below tau2
-    makes the target sharper than an equal student: L_REG then also raises the contrast of s, and keeps student and teacher
-    from pulling each other towards flat maps.
+    OURS: KL, the usual distance of distributions; what we know of the paper names none. A tau2' below tau2 makes the target
+    sharper than an equal student: L_REG then also raises the contrast of s, and keeps student and teacher from pulling each
+    other towards flat maps.
 
     student_log_alpha (B, C, h, w), log-probabilities, so that the gradient lives where the student's alpha underflows;
     teacher_alpha (B, C, h, w), probabilities, zeros allowed; labels (B, C) in {0, 1} -> scalar >= 0, float32.
@@ -239,7 +239,7 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
     """Pixel-adaptive mask refinement: each pixel of a seed map takes on the values of neighbours that look like it.
 
         p[i] = sigmoid((seed[i] - threshold) / 0.1)
-        a[i,j] = softmax over j of  - mean over colours |x[i] - x[j]| / (0.1 * sigma[i])
+        a[i,j] = softmax over j of  - mean over colours |x[i] - x[j]| / (0.1 * sigma[i]),  sigma[i] for each colour
         p[i] <- sum_j a[i,j] * p[j],  `iterations` times;   back to a map by  threshold + 0.1 * logit(p)
 
     j runs over the 8 neighbours at each dilation; sigma[i] is the deviation of a colour among these 48.
@@ -718,9 +718,7 @@ def number(low, high, kind=float):
 def take_defaults(args, recipes, backbone, weights):
     """Give each flag that was left out, None, its value of a script's table RECIPES; return that row of it."""
     recipe = recipes["cnn" if backbone in CNNS else "transformer", "scratch" if weights == "none" else "pretrained"]
-    for key, value in recipe.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    vars(args).update((key, value) for key, value in recipe.items() if getattr(args, key) is None)
     return recipe
 
 
