@@ -160,7 +160,8 @@ def main():
         image, size = image[None].to(device), image.shape[-2:]                      # (1, 3, H, W)
         base = [side * trained["size"] / max(size) for side in size]
         if predicted:
-            view = F.interpolate(image, network.fitting_size(base), mode="bilinear", antialias=True)
+            square = network.fitting_size(2 * (trained["size"],))                   # as the class threshold was chosen
+            view = F.interpolate(image, square, mode="bilinear", antialias=True)
             s, alpha = usage.activate(network, view, trained["temperature"], trained["attention"])
             has = usage.class_scores(s, alpha)[0].sigmoid().cpu() > args.class_threshold        # (C,)
         present = has.nonzero()[:, 0]                                               # (K,) the classes of the image
