@@ -42,7 +42,7 @@ RECIPES = {
         temperature=3.0, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=1.0, max_rate=0.5,
         size=112, jitter=0.0, epochs=6, reg_epochs=2, batch_size=16, lr=1e-3, weight_decay=0.05),
     ("cnn", "pretrained"): dict(
-        temperature=math.inf, reg_weight=1.0, reg_temperature=2.0, teacher_temperature=0.4, max_rate=0.5,
+        temperature=30.0, reg_weight=1.0, reg_temperature=2.0, teacher_temperature=0.4, max_rate=0.5,
         size=225, jitter=0.3, epochs=4, reg_epochs=4, batch_size=16, lr=1e-4, weight_decay=0.05),
     ("transformer", "pretrained"): dict(
         temperature=3.0, reg_weight=1.0, reg_temperature=2.0, teacher_temperature=0.4, max_rate=0.5,
