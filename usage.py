@@ -823,7 +823,8 @@ def load_classifier(run):
     state = load_checkpoint(path, remedy)
     with reading(path, f"not a classifier of train_cls.py: {remedy}"):
         settings, epoch = state["settings"], state["progress"]["epoch"]
-        [settings[key] for key in ("data", "split", "size", "jitter", "weight_decay", "temperature", "attention")]
+        for key in ("data", "split", "size", "jitter", "weight_decay", "temperature", "attention"):
+            settings[key]                                       # what later stages read; another version may lack some
         epochs = settings["epochs"] + settings["reg_epochs"]
         network = build_network(settings["backbone"], len(settings["classes"]), frozen=settings["weights"] != "none")
         network.load_state_dict(state["student"])
