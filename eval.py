@@ -102,8 +102,8 @@ def measure_run(run, data_root, with_sweep):
         settings = usage.read_json(path, keys)
         data = usage.open_run_data(run, settings, data_root)
         split = "train" if settings["split"] == "train_aug" else settings["split"]  # the part of it that has masks
-        if not data.list(split).is_file():
-            print(f"{what} of {split}: no list {data.list(split)} any more, not measured")
+        if not data.list_of(split).is_file():
+            print(f"{what} of {split}: no list {data.list_of(split)} any more, not measured")
             continue
         ids, folder = data.ids(split), run / what
         missing = [name for name in ids if not usage.is_there(folder / f"{name}.png")]
@@ -152,18 +152,12 @@ def measure_seeds(run, data, ids, settings, facts, with_sweep):
 
 def measure_folders(predicted, truth, classes):
     """The entry of report.json for two folders of PNGs."""
-    for folder in (predicted, truth):
-        if not folder.is_dir():
-            raise usage.InputError(f"{folder}: no such folder; --pred and --truth take folders of label PNGs")
+    ids, truths = (list(usage.image_files(folder, (".png",))) for folder in (predicted, truth))
     if predicted.resolve() == truth.resolve():
         raise usage.InputError(f"{predicted}: --pred and --truth are one folder; nothing would be measured")
-    ids = list(usage.image_files(predicted, (".png",)))
-    if not ids:
-        raise usage.InputError(f"{predicted}: no .png in it; nothing to measure")
-    def true_mask(name):
-        return usage.read_mask(truth / f"{name}.png", None, len(classes))
-    confusion = compare(ids, predicted, true_mask, len(classes))
-    split = f"every png of {predicted} ({len(usage.image_files(truth, ('.png',)))} in the truth)"
+    num_classes = len(classes)
+    confusion = compare(ids, predicted, lambda name: usage.read_mask(truth / f"{name}.png", None, num_classes), num_classes)
+    split = f"every png of {predicted} ({len(truths)} in the truth)"
     return [summary(confusion, classes, what="label maps", data=str(truth), split=split, images=len(ids),
                     threshold="none (label maps)")]
 
@@ -193,9 +187,7 @@ def main():
         usage.write_json(run / "report.json", entries)
 
 
-# ======================================================================================================================
-# MS COCO's masks
-# ======================================================================================================================
+# ==== MS COCO's masks =================================================================================================
 
 
 def draw_coco_masks(data, split):

@@ -82,11 +82,7 @@ class Readable(usage.Photographs):
 
 def open_photographs(folder, classes):
     """Anybody's photographs, with the classes of a trained run, as far as they are needed of a DataFolder."""
-    if not folder.is_dir():
-        raise usage.InputError(f"{folder}: no such folder; pass --images FOLDER with photographs in it")
     images = usage.image_files(folder, IMAGE_ENDINGS)
-    if not images:
-        raise usage.InputError(f"{folder}: no image files in it; pass --images FOLDER with photographs in it")
     return SimpleNamespace(root=folder, classes=classes, images=images, masks=folder / "no true masks")
 
 
@@ -192,47 +188,45 @@ def main():
         if others:
             print(f"left out, as no photographs that can be read: {', '.join(others)}")
     if made:
-        save_contact_sheet(folder / "seeds.png", data, made, [folder / "seeds", folder / "pseudo_masks"], folder / "maps")
+        save_contact_sheet(folder, data, made)
         print(f"{folder / 'seeds.png'} shows some")
-    run, following = shlex.quote(str(folder)), []
-    if not predicted:
-        following.append(f"python train_seg.py --run {run}")
+    run = shlex.quote(str(folder))
+    following = [] if predicted else [f"python train_seg.py --run {run}"]
     if not args.images and data.has_masks(ids):
         following.append(f"python eval.py --run {run}")
     if following:
         print(f"next: {', or '.join(following)}")
 
 
-# ======================================================================================================================
-# The contact sheet
-# ======================================================================================================================
+# ==== The contact sheet ===============================================================================================
 
-def save_contact_sheet(path, data, ids, folders, maps, width=180, height=120):
-    """Write one PNG of up to ten images: photograph | heat map of its strongest class | label maps | truth, if there is.
+def save_contact_sheet(folder, data, ids, width=180, height=120):
+    """Write seeds.png of up to ten images: photograph | heat map of its strongest class | label maps | truth, if there is.
 
-    folders: of label maps <id>.png, a column each; maps: the folder of the seed maps. Tiles keep the photograph's shape.
+    folder: of seeds/, pseudo_masks/ and maps/. Tiles keep the photograph's shape.
     A label map shows the names of its classes in their colours; one that is missing or broken leaves its place empty.
     """
     ids = [ids[k] for k in np.linspace(0, len(ids) - 1, min(10, len(ids))).round().astype(int)]
+    columns = {"seeds": folder / "seeds", "pseudo masks": folder / "pseudo_masks"}
     if any((data.masks / f"{name}.png").is_file() for name in ids):
-        folders = [*folders, data.masks]
-    headings = ["photograph", "heat map", *("truth" if folder == data.masks else folder.name for folder in folders)]
+        columns["truth"] = data.masks
+    headings = ["photograph", "heat map", *columns]
     sheet = Image.new("RGB", (len(headings) * (width + 4), 20 + len(ids) * (height + 4)), "white")
     palette, font, pen = usage.voc_palette(), ImageFont.load_default(11), ImageDraw.Draw(sheet)
     for column, heading in enumerate(headings):
         pen.text((column * (width + 4) + 3, 3), heading, "black", font)
     for line, name in enumerate(ids):
         photo = np.asarray(usage.read_image(data.images[name]), dtype=np.float32)       # (H, W, 3)
-        classes, levels, _ = usage.load_maps(maps / f"{name}.npz")
+        classes, levels, _ = usage.load_maps(folder / f"maps/{name}.npz")
         tiles = [(photo, []), (0.35 * photo, [("no class", "black")])]                  # pixels, and (text, colour) on them
         if len(classes):
             strongest = levels.sum((1, 2)).argmax()
             heat = 3 * levels[strongest].numpy()[..., None] / 255 - np.arange(3)            # from black over red to white
             grey = photo.mean(2, keepdims=True)
             tiles[1] = 166 * heat.clip(0, 1) + 0.35 * grey, [(data.classes[classes[strongest]], "black")]
-        for folder in folders:
+        for masks in columns.values():
             try:
-                mask = usage.read_mask(folder / f"{name}.png", photo.shape[:2], len(data.classes)).numpy()
+                mask = usage.read_mask(masks / f"{name}.png", photo.shape[:2], len(data.classes)).numpy()
             except usage.InputError:
                 tiles.append((np.full_like(photo, 255), []))
                 continue
@@ -243,7 +237,7 @@ def save_contact_sheet(path, data, ids, folders, maps, width=180, height=120):
             sheet.paste(ImageOps.contain(Image.fromarray(pixels.astype(np.uint8)), (width, height)), corner)
             for k, (text, colour) in enumerate(words):
                 pen.text((corner[0] + 3, corner[1] + 2 + 12 * k), text, colour, font, stroke_width=2, stroke_fill="white")
-    with usage.written(path) as temporary:
+    with usage.written(folder / "seeds.png") as temporary:
         sheet.save(temporary, "PNG")
 
 

@@ -275,7 +275,7 @@ def functions_above(banner):
     functions = [function for _, function in inspect.getmembers(usage, inspect.isfunction)
                  if function.__module__ == "usage"]
     lines = {inspect.getsourcelines(function)[1]: function.__name__ for function in functions}
-    end = inspect.getsource(usage).split(f"\n# {banner}")[0].count("\n")
+    end = inspect.getsource(usage).split(f"\n# ==== {banner}")[0].count("\n")
     return [lines[line] for line in sorted(lines) if line < end]
 
 
@@ -1160,11 +1160,10 @@ def test_the_sheet_shows_what_there_is(tmp_path, monkeypatch):
     data = make_seeds.open_photographs(tmp_path / "photos", ["cat", "dog"])
     read = usage.read_image
     monkeypatch.setattr(usage, "read_image", lambda path: shown.append(path.stem) or read(path))
-    folders = [tmp_path / "seeds", tmp_path / "pseudo_masks"]
-    make_seeds.save_contact_sheet(tmp_path / "sheet.png", data, ids, folders, tmp_path / "maps")
+    make_seeds.save_contact_sheet(tmp_path, data, ids)
     gaps = np.diff([ids.index(name) for name in shown])
     assert len(shown) == 10 and (shown[0], shown[-1]) == ("p00", "p14") and set(gaps) <= {1, 2}
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    sheet = np.asarray(Image.open(tmp_path / "seeds.png"))
     assert sheet.shape[1] == 4 * 184 and (sheet[20 + 70:20 + 120, :180] == 255).all()  # 180 x 60, not squashed
     assert (sheet[:20].reshape(20, 4, 184, 3) < 100).any((0, 2, 3)).all()              # each column has its heading
     tiles = [sheet[20 + 124 * k:80 + 124 * k, 184 * c:184 * c + 180] for k in (0, 1) for c in (1, 2)]
@@ -1172,8 +1171,8 @@ def test_the_sheet_shows_what_there_is(tmp_path, monkeypatch):
     assert words == [True, False, True, True]                                          # "no class", none, "dog" twice
     data.masks = tmp_path / "truth"
     truncated(data.masks / "p00.png", 20)
-    make_seeds.save_contact_sheet(tmp_path / "sheet.png", data, ids, folders, tmp_path / "maps")
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    make_seeds.save_contact_sheet(tmp_path, data, ids)
+    sheet = np.asarray(Image.open(tmp_path / "seeds.png"))
     truth = sheet[20:, 4 * 184:4 * 184 + 180]
     assert sheet.shape[1] == 5 * 184 and (truth[:60] == 255).all() and (truth[124:184] < 200).any()
 
@@ -1516,7 +1515,7 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "maps that lost half": (EVAL, "train_0000.npz", arrays(classes=np.arange(1), maps=np.zeros((1, 48, 48), "u1"))),
     "maps of another shape": (EVAL, "train_0000.npz", arrays(classes=np.arange(3), maps=np.zeros((1, 48, 48), "u1"))),
     "maps of something else": (EVAL, "maps/train_0000.npz", arrays(x=3)),
-    "folder without photographs": ([*IMAGES, "DATA/SegmentationClass/.."], "no image files", None),
+    "folder without photographs": ([*IMAGES, "DATA/SegmentationClass/.."], "or no .jpg or .jpeg or .png", None),
     "no folder of photographs": ([*IMAGES, "nowhere"], "nowhere: no such folder", None),
     "COCO without what it lists": ([*TRAIN, "--data", "DATA/coco"], "COCO_train_0000.jpg", coco_without_images),
     "COCO of something else": ([*TRAIN, "--data", "DATA/coco"], "not COCO's instances", coco_of_something_else),

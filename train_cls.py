@@ -166,8 +166,8 @@ def main():
         prepare_data(args.data, args.download)
     usage.wait_for_all()
     data = usage.DataFolder(args.data)
-    split = "train_aug" if data.list("train_aug").is_file() else "train"
-    ids, val_ids = data.ids(split), data.ids("val") if data.list("val").is_file() else []
+    split = "train_aug" if data.list_of("train_aug").is_file() else "train"
+    ids, val_ids = data.ids(split), data.ids("val") if data.list_of("val").is_file() else []
     train_labels, val_labels = data.labels(ids), None
     try:
         val_labels = data.labels(val_ids) if val_ids else None
@@ -257,9 +257,7 @@ def main():
         print(f"next: python make_seeds.py --run {shlex.quote(str(args.run))}")
 
 
-# ======================================================================================================================
-# ImageNet weights
-# ======================================================================================================================
+# ==== ImageNet weights ================================================================================================
 
 DEIT_WEIGHTS = "https://dl.fbaipublicfiles.com/deit/{}.pth"     # of Touvron et al., facebookresearch/deit
 DEIT_FILES = {"deit_tiny": "deit_tiny_patch16_224-a1311bcf", "deit_small": "deit_small_patch16_224-cd65a155",
@@ -302,9 +300,7 @@ def convert_deit(state):
     return state
 
 
-# ======================================================================================================================
-# Preparing the data: the toy is drawn, VOC downloaded, COCO's lists and labels put into VOC's layout
-# ======================================================================================================================
+# ==== Preparing the data: the toy is drawn, VOC downloaded, COCO's lists and labels put into VOC's layout =============
 
 TOY = Path("data/toy")
 

@@ -89,7 +89,7 @@ def main():
         seeds = args.run / "seeds.json"
         usage.check_settings(seeds, usage.read_json(seeds, remedy=remedy), {"classifier": trained["classifier"]}, remedy)
     data = usage.open_run_data(args.run, trained, args.data, [folder])
-    ids, val_ids = data.ids(trained["split"]), data.ids("val") if data.list("val").is_file() else []
+    ids, val_ids = data.ids(trained["split"]), data.ids("val") if data.list_of("val").is_file() else []
     masks = [folder / f"{name}.png" for name in ids]
     for mask in masks:
         if not usage.is_there(mask):

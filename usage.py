@@ -51,9 +51,7 @@ try:
 except ImportError:
     fcntl = None
 
-# ======================================================================================================================
-# 1. The paper
-# ======================================================================================================================
+# ==== 1. The paper ====================================================================================================
 
 # ---- Sec. 4.1, activation shape controlling: the generation loss -----------------------------------------------------
 
@@ -192,9 +190,7 @@ def ema_teacher(student, decay):
     return torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)
 
 
-# ======================================================================================================================
-# 2. Seeds and pseudo masks: the field's protocol, not the paper
-# ======================================================================================================================
+# ==== 2. Seeds and pseudo masks: the field's protocol, not the paper ==================================================
 
 
 def seed_maps(activations, size):
@@ -274,9 +270,7 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
     return (threshold + 0.1 * p.logit()).clamp(0, 1)                                # (B, K, H, W)
 
 
-# ======================================================================================================================
-# 3. The networks
-# ======================================================================================================================
+# ==== 3. The networks =================================================================================================
 
 CNNS = ("mobilenet_v2", "resnet18", "resnet50", "resnet101")
 DEITS = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}      # width D, attention heads
@@ -291,7 +285,8 @@ TO_TENSOR = v2.Compose([        # a PIL image -> (3, H, W), with ImageNet's mean
 class ActivationNetwork(nn.Module):
     """Images (B, 3, H, W) of any size, normalised as by TO_TENSOR -> activations (B, C, h, w); here of a CNN.
 
-    s[c,i] = w_c . f_i + b_c: a 1x1 convolution on the features f, without ReLU. h = ceil(H / 16).
+    s[c,i] = w_c . f_i + b_c: a 1x1 convolution on the features f, without ReLU. h = ceil(H / 16). In bfloat16 where the
+    device computes in it.
     """
 
     beyond = 1                                                  # the outermost positions are corner pixels at 16k + 1
@@ -341,7 +336,8 @@ class TransformerNetwork(ActivationNetwork):
         if images.shape[-2:] != (h * STRIDE, w * STRIDE):
             images = F.interpolate(images, (h * STRIDE, w * STRIDE), mode="bilinear", align_corners=False)
         patches = self.trunk.conv_proj(images)                                      # (B, D, h, w)
-        grid = embedding[:, 1:].transpose(1, 2).unflatten(2, 2 * (math.isqrt(embedding.shape[1] - 1),))     # (1, D, n, n)
+        n = math.isqrt(embedding.shape[1] - 1)
+        grid = embedding[:, 1:].transpose(1, 2).unflatten(2, (n, n))                # (1, n*n, D) -> (1, D, n, n)
         patches = patches + F.interpolate(grid, (h, w), mode="bicubic", align_corners=False)
         token = (self.trunk.class_token + embedding[:, :1]).expand(len(images), -1, -1)             # (B, 1, D)
         tokens = torch.cat([token, patches.flatten(2).transpose(1, 2)], 1)          # (B, 1 + N, D)
@@ -451,9 +447,7 @@ def fast_autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(native))
 
 
-# ======================================================================================================================
-# 4. The data
-# ======================================================================================================================
+# ==== 4. The data =====================================================================================================
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
@@ -508,14 +502,14 @@ def read_classes(path):
 
 
 def image_files(folder, endings=(".jpg", ".jpeg", ".png")):
-    """{id: path} of the images in a folder, hidden files left out; an id is a file name without its ending."""
+    """{id: path} of the images in a folder, at least one, hidden files left out; an id is a name without its ending."""
     images = {}
-    for path in sorted(Path(folder).iterdir()):
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
         if path.suffix.lower() in endings and not path.name.startswith(".") and path.is_file():
             if path.stem in images:
                 raise InputError(f"{path}: there is {images[path.stem].name} too; results are named so, rename one")
             images[path.stem] = path
-    return images
+    return images or fail(f"{folder}: no such folder, or no {' or '.join(endings)} in it; put them there, or pass another")
 
 
 class DataFolder:
@@ -540,17 +534,16 @@ class DataFolder:
         self.masks, names = self.root / "SegmentationClass", self.root / "classes.txt"
         self.classes = read_classes(names) if names.is_file() else VOC_CLASSES
         folders = [self.root / folder for folder in ("JPEGImages", "train2014", "val2014")]
-        self.images = {name: path for folder in folders if folder.is_dir() for name, path in image_files(folder).items()}
-        if not self.images:
-            raise InputError(f"{folders[0]}: no photographs; put them there, as <id>.jpg or <id>.png")
+        folders = [folder for folder in folders if folder.is_dir()] or folders
+        self.images = {name: path for folder in folders for name, path in image_files(folder).items()}
 
-    def list(self, split):
+    def list_of(self, split):
         """The path of a split's list, which may not be there."""
         return self.root / f"ImageSets/Segmentation/{split}.txt"
 
     def ids(self, split):
         """The ids of a split, in the list's order."""
-        path = self.list(split)
+        path = self.list_of(split)
         ids = list(dict.fromkeys(read_lines(path, "write the ids of the split into it, one per line")))
         for name in ids:
             if name not in self.images:
@@ -654,9 +647,7 @@ def read_mask(path, size, num_classes):
     return torch.from_numpy(mask)
 
 
-# ======================================================================================================================
-# 5. The run folder
-# ======================================================================================================================
+# ==== 5. The run folder ===============================================================================================
 
 RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # as torchrun sets them
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
