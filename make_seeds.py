@@ -154,7 +154,6 @@ def main():
             print(log.line(1), end="", flush=True)
             continue
         image, size = image[None].to(device), image.shape[-2:]                      # (1, 3, H, W)
-        base = [side * trained["size"] / max(size) for side in size]
         if predicted:
             square = network.fitting_size(2 * (trained["size"],))                   # as the class threshold was chosen
             view = F.interpolate(image, square, mode="bilinear", antialias=True)
@@ -163,9 +162,8 @@ def main():
         present = has.nonzero()[:, 0]                                               # (K,) the classes of the image
         maps = refined = torch.zeros(0, *size, dtype=torch.uint8)
         if len(present):
-            activations = usage.multi_scale_activations(network, image, base, args.scales, args.flip, args.affinity)
-            activations = [s[:, present.to(device)] for s in activations]           # (1, C, h, w) -> (1, K, h, w)
-            exact = usage.seed_maps(activations, size)                              # (1, K, H, W)
+            views = usage.multi_scale_activations(network, image, trained["size"], args.scales, args.flip, args.affinity)
+            exact = usage.seed_maps([s[:, present.to(device)] for s in views], size)            # (1, K, H, W)
             refined = usage.refine_maps(image, exact, args.threshold) if args.refine else exact
             maps, refined = ((255 * x[0]).round().byte().cpu() for x in (exact, refined))       # (K, H, W), in 8 bits
         write_results(folder, name, present, maps, refined, args.threshold, UNCERTAIN * args.refine)

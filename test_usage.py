@@ -405,8 +405,8 @@ def test_seed_at_one_scale_is_the_plain_network(backbone, side, affinity, monkey
         s, attention = network(image, return_attention=True)
         return usage.spread_activations(s, sum(attention[:, k, 1:, 1:] for k in range(6, 12)) / 6)
     with torch.no_grad():
-        one, = usage.multi_scale_activations(network, image, (side, side), [1.0], False, affinity)
-        flipped = usage.multi_scale_activations(network, image, (side, side), [1.0], True, affinity)
+        one, = usage.multi_scale_activations(network, image, side, [1.0], False, affinity)
+        flipped = usage.multi_scale_activations(network, image, side, [1.0], True, affinity)
         torch.testing.assert_close(one, plain(image))
         torch.testing.assert_close(flipped[0], plain(image))
         torch.testing.assert_close(flipped[1], plain(image.flip(-1)).flip(-1))

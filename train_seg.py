@@ -48,8 +48,7 @@ class Segmenter(nn.Module):
 @torch.no_grad()
 def predict(segmenter, image, size, refine):
     """The label map (H, W) of an image (1, 3, H, W): scales and flips voted by probability, edges as those of seeds."""
-    base = [side * size / max(image.shape[-2:]) for side in image.shape[-2:]]
-    logits = usage.multi_scale_activations(segmenter, image, base, SCALES, flip=True)
+    logits = usage.multi_scale_activations(segmenter, image, size, SCALES, flip=True)
     votes = sum(F.interpolate(s.float(), image.shape[-2:], mode="bilinear", align_corners=False).softmax(1)
                 for s in logits)                                                    # (1, C + 1, H, W)
     share = votes[:, 1:] / (votes[:, 1:] + votes[:, :1])        # (1, C, H, W), above 0.5 where a class beats the background

@@ -416,15 +416,16 @@ def activate(network, images, temperature, attention=False):
     return s, (weights / weights.sum(1, keepdim=True)).view(len(s), 1, *s.shape[2:])
 
 
-def multi_scale_activations(network, image, base, scales, flip, affinity=False):
+def multi_scale_activations(network, image, longer, scales, flip, affinity=False):
     """Activations of one image at several scales, each with its mirror image.
 
-    image (1, 3, H, W); base (H, W) of scale 1, changed to a `fitting_size`; scales, a list of floats; flip, a bool;
-    affinity: spread them by the patches' attention -> a list of (1, C, h_k, w_k), mirrored back, for each scale and flip.
+    image (1, 3, H, W); longer: its longer side at scale 1, in pixels, before `fitting_size`; scales, a list of floats; flip,
+    a bool; affinity: spread them by the patches' attention -> a list of (1, C, h_k, w_k), mirrored back, for each scale
+    and flip.
     """
     activations = []
     for scale in scales:
-        size = network.fitting_size([scale * side for side in base])
+        size = network.fitting_size([scale * (side * longer / max(image.shape[-2:])) for side in image.shape[-2:]])
         view = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
         view = torch.cat([view, view.flip(-1)]) if flip else view                   # (1 or 2, 3, H_k, W_k)
         view = view.contiguous(memory_format=torch.channels_last)
