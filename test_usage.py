@@ -848,12 +848,13 @@ def test_a_log_goes_on_where_the_weights_do(tmp_path):
     path = tmp_path / "run" / "a.jsonl"
     lines = [usage.Log.line(log, 2, loss=1.0) for log in [usage.Log(path, 90)] for _ in range(30)]
     assert [k + 1 for k, line in enumerate(lines) if line] == [10, 20, 30] and "60 images  loss 1  " in lines[-1]
-    records = [json.loads(line) | {"seconds": 50.0 + k} for k, line in enumerate(path.open())]
+    records = [json.loads(line) | {"seconds": 49.0 + k} for k, line in enumerate(path.open())]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     log = usage.Log(path, 90, done=40)                          # the last epoch that was saved ended there
     for _ in range(25):
         log.line(2, loss=0.5)
-    records = [json.loads(line) for line in path.open()]
+    first, *records = [json.loads(line) for line in path.open()]
+    assert first == {"images": 0, "seconds": 0, "process": os.getpid()}
     assert [record["images"] for record in records] == [20, 40, 60, 80, 90]
     assert [record["loss"] for record in records] == [1, 1, 0.5, 0.5, 0.5]
     assert [int(record["seconds"]) for record in records] == [50, 51, 51, 51, 51]
@@ -892,7 +893,7 @@ def test_a_folder_at_work_is_refused(toy, finished, tmp_path, capsys):
     for command in commands:
         with pytest.raises(SystemExit):
             stage(*command)
-        assert "another process is at work there" in capsys.readouterr().err
+        assert f"another process ({process.pid}) is at work there" in capsys.readouterr().err
     process.kill()
     process.join()
     assert digest(run) == before
@@ -1179,7 +1180,7 @@ def test_the_sheet_shows_what_there_is(tmp_path, monkeypatch):
 
 def test_maps_of_one_position(toy, tmp_path):
     stage("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "deit_tiny", *BOTH, "--size", 16, "--epochs", 5)
-    tenth, last = [json.loads(line) for line in (tmp_path / "classifier.jsonl").read_text().splitlines()]
+    _, tenth, last = [json.loads(line) for line in (tmp_path / "classifier.jsonl").read_text().splitlines()]
     assert last["L_REG"] == pytest.approx(0, abs=1e-6) and last["images"] == 48
     assert tenth["lr"] == pytest.approx(1e-3 * train_cls.learning_rate(9, 10, 12))      # the step's own
 
@@ -1306,7 +1307,7 @@ def test_two_processes_give_the_losses_of_one(backbone, toy, tmp_path):
         stage("train_cls.py", *command, tmp_path / "one")
     assert torchrun(script, *command, tmp_path / "two") == (0, mock.ANY)
     logs = ((tmp_path / run / "classifier.jsonl").read_text().splitlines() for run in ("one", "two"))
-    one, two = ([[json.loads(line)[key] for key in ("L_GEN", "L_REG")] for line in log] for log in logs)
+    one, two = ([[json.loads(line)[key] for key in ("L_GEN", "L_REG")] for line in log[1:]] for log in logs)
     assert len(one) == 1 and one[0][1] > 0                      # a record every tenth step
     np.testing.assert_allclose(one, two, rtol=1e-3)
 
@@ -1641,10 +1642,16 @@ def peak_memory(folder, *arguments):
     return used.ru_maxrss / 1024
 
 
+def wait_for_lines(path, count, process):
+    while not path.is_file() or len(path.read_text().splitlines()) < count:
+        time.sleep(0.1)
+        assert process.poll() is None, process.stderr.read()
+
+
 def seconds_per_record(path, first, last):
     """Seconds between two records of a .jsonl, of which each stands for ten steps or images, divided by their number."""
     seconds = [json.loads(line)["seconds"] for line in path.read_text().splitlines()]
-    return (seconds[last] - seconds[first]) / (last - first) / 10
+    return (seconds[last + 1] - seconds[first + 1]) / (last - first) / 10
 
 
 def bare_step(steps=20):
@@ -1679,9 +1686,7 @@ def bare_seed(scales, images=30):
 def seed_seconds(folder, run, flag, records=30):
     """Seconds that make_seeds.py takes for an image, over 300 of them; its results are removed."""
     process, log = start("make_seeds.py", "--run", run, flag, cwd=folder), folder / run / "seeds.jsonl"
-    while not log.is_file() or len(log.read_text().splitlines()) <= records:
-        time.sleep(0.1)
-        assert process.poll() is None, process.stderr.read()
+    wait_for_lines(log, records + 2, process)
     process.kill()
     process.communicate()
     seconds = seconds_per_record(log, 0, records)
@@ -1694,7 +1699,7 @@ def print_ratios(folder):
     """Train, make seeds and evaluate on toy scenes, each beside the bare arithmetic, by turns."""
     before = time.time()
     process = start("train_cls.py", cwd=folder)
-    wait_for(folder / "runs/toy-resnet50/classifier.jsonl", process)
+    wait_for_lines(folder / "runs/toy-resnet50/classifier.jsonl", 2, process)
     print(f"train_cls.py on the toy: the first ten steps are done after {time.time() - before:.1f} s, drawing included")
     process.kill()
     process.wait()

@@ -879,7 +879,7 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
 class Log:
     """Lines of progress, each also a record of a .jsonl file: every tenth step or image, and the last.
 
-    Keeps other processes from writing there until this one ends; InputError if one is at work.
+    The first record, of 0 images, names the process, which keeps others from writing there until it ends: InputError.
     """
 
     def __init__(self, path, total, done=0):
@@ -891,16 +891,19 @@ class Log:
             try:
                 fcntl and fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                fail(f"{path.parent}: another process is at work there (`fuser {path}` tells which); wait for it, or pass "
-                     "another --run")
+                self.file.seek(0)
+                process = json.loads(self.file.readline() or '{"process": "just started"}')["process"]
+                fail(f"{path.parent}: another process ({process}) is at work there; wait for it, or pass another --run")
             for left in path.parent.glob(f".partial-*-{path.stem}.*"):      # by one that was killed
                 left.unlink()
             self.file.seek(0)
             with reading(path, "remove it"):
-                records = [record for record in map(json.loads, self.file) if record["images"] <= done]
+                records = [record for record in map(json.loads, self.file) if 0 < record["images"] <= done]
                 self.before = records[-1]["seconds"] if records else 0.0
             self.file.truncate(0)
-            self.file.writelines(json.dumps(record) + "\n" for record in records)
+            first = {"images": 0, "seconds": 0.0, "process": os.getpid()}
+            self.file.writelines(json.dumps(record) + "\n" for record in (first, *records))
+            self.file.flush()
 
     def line(self, images, **values):
         """The line after so many more images, "" between two records; InputError for a value that is not finite."""
