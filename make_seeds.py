@@ -136,7 +136,7 @@ def main():
     photographs = data.images.values() if args.images else data.sizes(ids)
     settings = {"classifier": trained["classifier"], "threshold": args.threshold, "scales": args.scales, "flip": args.flip,
                 "affinity": args.affinity, "refine": args.refine, "split": split, "data": str(data.root.resolve()),
-                "classes": data.classes, "contents": usage.fingerprint(ids, labels, *photographs),
+                "classes": data.classes, "input_files": usage.fingerprint(ids, labels, *photographs),
                 "class_threshold": args.class_threshold if predicted else None}
     usage.check_results(folder / "seeds.json", settings, [folder / name for name in ("seeds", "pseudo_masks", "maps")])
     mine = range(usage.RANK, len(ids), usage.WORLD)

@@ -1070,7 +1070,7 @@ def test_photographs_without_labels(finished, tmp_path, monkeypatch, capsys):
     before = digest(run)
     with pytest.raises(SystemExit):
         stage(*command, "--images", other, "--class-threshold", 1)
-    assert "another contents" in capsys.readouterr().err and digest(run) == before
+    assert "another input_files" in capsys.readouterr().err and digest(run) == before
 
 
 def test_another_split_gets_predicted_labels(finished, toy, tmp_path):
@@ -1324,7 +1324,7 @@ def test_weights_are_known_by_their_content(toy, tmp_path, capsys):
     torch.save(torchvision.models.mobilenet_v2().state_dict(), weights)
     with pytest.raises(SystemExit):
         stage(*command)
-    assert "made with another contents" in capsys.readouterr().err and digest(tmp_path / "run") == before
+    assert "made with another input_files" in capsys.readouterr().err and digest(tmp_path / "run") == before
 
 
 def test_rows_of_the_ablation(toy, tmp_path):
@@ -1456,7 +1456,7 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "unreadable image": (TRAIN, "train_0000.jpg", cut(PHOTO)),
     "unreadable image in a worker": ([*TRAIN, "--workers", "1"], "train_0000.jpg", cut(PHOTO)),
     "unreadable image, seeds": (SEEDS, "train_0000.jpg", zeroed(PHOTO, SEED)),
-    "another photograph of that name, seeds": (SEEDS, "another contents", cut(PHOTO)),
+    "another photograph of that name, seeds": (SEEDS, "another input_files", cut(PHOTO)),
     "background as a class": (TRAIN, "background is no class", text(CLASSES, "background\na\nb\nc\nd\n")),
     "no labels at all": (TRAIN, "list its classes in labels.json", gone(LABELS)),
     "classifier.json of another classifier": ([*SEEDS, "--split", "val"], "another classifier; run train_cls", table(
@@ -1476,22 +1476,20 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "a class twice": (TRAIN, "classes.txt: 5 names, 4 different", text(CLASSES, "a\nb\nc\nd\na\n")),
     "a class twice, any PNGs": ([*PAIRS, "RUN/seeds", "--classes", "DATA/classes.txt"], "5 names, 4 different",
                                 text(CLASSES, "a\nb\nc\nd\na\n")),
-    "labels corrected": (GO_ON, "classifier.pt: made with another contents", labels(list.clear)),
-    "labels corrected, seeds": (SEEDS, "seeds.json: made with another contents", labels(list.clear)),
-    "another photograph of that name, segmentation": (SEG, "another contents", lambda path: Image.new("RGB", (48, 48)).save(
-        path / PHOTO)),
-    "another photograph of val, segmentation": (SEG, "another val", lambda path: Image.new("RGB", (48, 48)).save(
-        path / PHOTO.replace("train", "val"))),
+    "labels corrected": (GO_ON, "classifier.pt: made with another input_files", labels(list.clear)),
+    "labels corrected, seeds": (SEEDS, "seeds.json: made with another input_files", labels(list.clear)),
+    "another photograph of that name, segmentation": (SEG, "another input_files", picture(PHOTO, mode="RGB")),
+    "another photograph of val, segmentation": (SEG, "another val", picture(PHOTO.replace("train", "val"), mode="RGB")),
     "pseudo masks of another classifier": (SEG, "another classifier", table("run/seeds.json", lambda table: table.update(
         classifier="0"))),
     "pseudo masks not there": ([*SEG, "--pseudo-masks", "RUN/other"], "correct --pseudo-masks", None),
     "a sweep of two folders": ([*PAIRS, "RUN/seeds", "--sweep"], "without --run, --data and --sweep", None),
-    "images taken away, seeds": (SEEDS, "another contents", text(LIST, "train_0001\ntrain_0002\n")),
-    "images in another order, segmentation": (SEG, "another contents", lambda path: text(
+    "images taken away, seeds": (SEEDS, "another input_files", text(LIST, "train_0001\ntrain_0002\n")),
+    "images in another order, segmentation": (SEG, "another input_files", lambda path: text(
         LIST, "\n".join(sorted((path / LIST).read_text().split(), reverse=True)))(path)),
     "another classifier": (SEEDS, "another classifier", retrained),
     "another classifier, segmentation": (SEG, "another classifier", retrained),
-    "other pseudo masks": (SEG, "another contents", picture(PSEUDO)),
+    "other pseudo masks": (SEG, "another input_files", picture(PSEUDO)),
     "other settings": ([*SEEDS, "--threshold", "0.3"], "another threshold", None),
     "other settings of the segmentation": ([*SEG, "--no-refine"], "another refine", gone("run/segmenter.pt")),
     "seeds of nobody knows what": ([*SEEDS, "--threshold", "0.2"], "seeds.json: is missing", gone("run/seeds.json")),

@@ -199,8 +199,8 @@ def main():
 
     # ---- training
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "download", "workers", "device")}
-    contents = usage.fingerprint(data.classes, ids, data.sizes(ids), train_labels, *(state or {}).values())
-    settings |= {"data": str(data.root.resolve()), "contents": contents, "classes": data.classes, "split": split}
+    files = usage.fingerprint(data.classes, ids, data.sizes(ids), train_labels, *(state or {}).values())
+    settings |= {"data": str(data.root.resolve()), "input_files": files, "classes": data.classes, "split": split}
     status = functools.partial(usage.learning_status, chance_loss=chance) if args.adaptive else lambda _: 1.0   # q
     parts = {"student": student, "teacher": teacher, "optimiser": optimiser, "schedule": schedule}
     progress = {"epoch": 0, "running": math.log(2)}             # the L_GEN of zero logits

@@ -110,7 +110,7 @@ def main():
     ddp = nn.parallel.DistributedDataParallel(segmenter) if usage.WORLD > 1 else segmenter
 
     # ---- training
-    settings = {"classifier": trained["classifier"], "contents": usage.fingerprint(ids, data.sizes(ids), *masks),
+    settings = {"classifier": trained["classifier"], "input_files": usage.fingerprint(ids, data.sizes(ids), *masks),
                 "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     val = usage.fingerprint(val_ids, data.sizes(val_ids))
     predicted_with = settings | {"refine": args.refine, "split": "val", "val": val, "classes": data.classes,
