@@ -154,7 +154,7 @@ def class_threshold(scores, labels):
     """
     ranked = scores.sigmoid().flatten().sort(descending=True).values
     count = int(labels.sum())
-    return ranked[max(0, count - 1):count + 1].mean().item()
+    return ranked[max(0, count - 1):count + 1].mean().item()                    # between the last in and the first out
 
 
 def main():

@@ -419,9 +419,8 @@ def activate(network, images, temperature, attention=False):
 def multi_scale_activations(network, image, longer, scales, flip, affinity=False):
     """Activations of one image at several scales, each with its mirror image.
 
-    image (1, 3, H, W); longer: its longer side at scale 1 in pixels, up to `fitting_size`; scales, a list of floats; flip, a
-    bool; affinity: spread them by the patches' attention -> a list of (1, C, h_k, w_k), mirrored back, for each scale and
-    flip.
+    image (1, 3, H, W); longer: its longer side at scale 1 in pixels, up to `fitting_size`; scales: floats; flip: a bool;
+    affinity: spread them by the patches' attention -> a list of (1, C, h_k, w_k), mirrored back, for each scale and flip.
     """
     activations = []
     for scale in scales:
