@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 import usage
 
 # The defaults, per kind of network and of initial weights, all OURS. Scale 1 is the photograph with its longer side at the
-# size of training. CNNs, whose training crops enlarge the photograph, gain from finer maps (IRN has 0.5 to 2); Transformers
+# size of training. CNNs, whose training crops enlarge the photograph, gain from finer maps (IRN has 0.5 to 2), Transformers
 # stay near the grid that their position embedding knows. The threshold is a round number in the middle; eval.py --sweep
 # tells others. Patch affinity wants attention that knows objects: trained from scratch on the toy, it floods the scene.
 RECIPES = {
