@@ -1,7 +1,7 @@
 """Tests: the paper's formulas against slow loops, its special cases as equalities, the four stages as a user runs them.
 
     python -m pytest -q test_usage.py
-    python test_usage.py                    speed and memory instead, in about ten minutes
+    python test_usage.py                    speed and memory instead, in about a quarter of an hour
 """
 
 import contextlib
@@ -1681,8 +1681,8 @@ def bare_seed(scales, images=30):
     return (time.time() - before) / images
 
 
-def seed_seconds(folder, run, flag, records=30):
-    """Seconds that make_seeds.py takes for an image, over 300 of them; its results are removed."""
+def seed_seconds(folder, run, flag, records=15):
+    """Seconds that make_seeds.py takes for an image, over ten times as many images; its results are removed."""
     process, log = start("make_seeds.py", "--run", run, flag, cwd=folder), folder / run / "seeds.jsonl"
     wait_for_lines(log, records + 2, process)
     process.kill()
