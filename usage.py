@@ -10,7 +10,7 @@ we chose so.
     2. Seeds             seed_maps, spread_activations (patch affinity), label_map, refine_maps: the field's protocol
     3. The networks      build_network: a CNN or a Transformer from images to activations; activate; multi_scale_activations
     4. The data          DataFolder, the one layout; Photographs, the one data set; readers of images, masks and text
-    5. The run folder    one-line errors, checkpoints, logs, settings, the training loop's frame, the contact sheet
+    5. The run folder    one-line errors, checkpoints, logs, settings, the training loop's frame, masks and seed maps
 
 The functions of 1 and 2 need `import torch` and `import torch.nn.functional as F` and nothing else, not even each
 other: copy any of them.
