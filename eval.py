@@ -174,9 +174,9 @@ def main():
     add("--classes", type=Path, help="for --pred: a file with the class names, one a line (default: VOC's 20)")
     args = parser.parse_args()
     run = args.run or Path("runs/toy-resnet50")
-    if args.pred or args.truth:
+    if args.pred or args.truth or args.classes:
         if not (args.pred and args.truth) or args.run or args.data or args.sweep:
-            raise usage.InputError("pass --pred and --truth together, without --run, --data and --sweep, or neither")
+            raise usage.InputError("pass --pred and --truth, no --run, --data or --sweep; a run knows its --classes")
         classes = usage.read_classes(args.classes) if args.classes else usage.VOC_CLASSES
         entries = measure_folders(args.pred, args.truth, classes)
     else:

@@ -1,7 +1,7 @@
 """Tests: the paper's formulas against slow loops, its special cases as equalities, the four stages as a user runs them.
 
     python -m pytest -q test_usage.py
-    python test_usage.py                    speed and memory instead, in about a quarter of an hour
+    python test_usage.py                    speed and memory instead, in about ten minutes
 """
 
 import contextlib
@@ -1483,7 +1483,8 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "pseudo masks of another classifier": (SEG, "another classifier", table("run/seeds.json", lambda table: table.update(
         classifier="0"))),
     "pseudo masks not there": ([*SEG, "--pseudo-masks", "RUN/other"], "correct --pseudo-masks", None),
-    "a sweep of two folders": ([*PAIRS, "RUN/seeds", "--sweep"], "without --run, --data and --sweep", None),
+    "a sweep of two folders": ([*PAIRS, "RUN/seeds", "--sweep"], "no --run, --data or --sweep", None),
+    "class names for a run": ([*EVAL, "--classes", "DATA/classes.txt"], "knows its --classes", None),
     "images taken away, seeds": (SEEDS, "another input_files", text(LIST, "train_0001\ntrain_0002\n")),
     "images in another order, segmentation": (SEG, "another input_files", lambda path: text(
         LIST, "\n".join(sorted((path / LIST).read_text().split(), reverse=True)))(path)),
@@ -1589,6 +1590,12 @@ def test_a_folder_that_cannot_be_written_to(toy, tmp_path, capsys):
     message = capsys.readouterr().err.strip()
     assert end.value.code == 2 and len(message.splitlines()) == 1 and "make room" not in message
     assert "move away what is there" in message
+
+
+def test_several_processes_without_torchrun(monkeypatch):
+    monkeypatch.setattr(usage, "WORLD", 2)
+    with pytest.raises(usage.InputError, match="start them by torchrun"):
+        usage.start_processes("cpu")
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------

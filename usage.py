@@ -729,7 +729,8 @@ def start_processes(device):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if WORLD > 1:
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        with reading("several processes", "start them by torchrun, or unset RANK and WORLD_SIZE"):
+            torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
 
 
