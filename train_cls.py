@@ -33,7 +33,7 @@ import usage
 # max_rate and epochs were chosen on every second training image of 1000 VOC photographs (pretrained) or of the toy
 # (scratch), see EVIDENCE.md; the others are customary. The paper's are not known to us, beyond its rule "CNN: large
 # temperature, Transformer: small temperature" (PAPER). `epochs` have L_GEN alone, `reg_epochs` after them L_REG too: from
-# the first step on it would flatten the maps before they are any good. `jitter` is of colours: none on the toy, where they
+# the start it would flatten the maps before they are any good. `jitter` is of colours: none on the toy, where they
 # hint at the class.
 RECIPES = {
     ("cnn", "scratch"): dict(
@@ -72,7 +72,7 @@ def parse_arguments():
     add("--max-rate", type=number(0, 1), help="the student's drop rate at a learning status of 1")
     add("--weak-ratio", type=number(0, 1), default=0.5, help="the teacher's drop rate, as a part of that (default 0.5)")
     add("--adaptive", action=argparse.BooleanOptionalAction, default=True,
-        help="rates and lambda follow the learning status (default yes), or are fixed from the first step on")
+        help="rates and lambda follow the learning status (default yes), or are fixed as soon as L_REG sets in")
     add("--views", choices=("adjusted", "geometric"), default="adjusted",
         help="what differs in L_REG: the networks (default), or the images: the teacher sees them mirrored and smaller")
     add("--teacher-decay", type=number(0, 1), default=0.99, help="of the moving average, per step (default 0.99)")
@@ -227,7 +227,7 @@ def main():
                 log_alpha = usage.spatial_activation_distribution(s / unit, args.reg_temperature, log=True)
                 teacher_alpha = usage.spatial_activation_distribution(s_teacher / unit, args.teacher_temperature)
                 regularization = usage.consistency_loss(log_alpha, teacher_alpha, labels)       # L_REG
-            loss = generation + args.reg_weight * q * regularization    # OURS: times q, lest who knows nothing teaches
+            loss = generation + args.reg_weight * q * regularization    # OURS: times q, lest an untrained teacher teach
 
             optimiser.zero_grad()
             loss.backward()

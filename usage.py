@@ -17,7 +17,7 @@ other: copy any of them.
 
 Letters: B images, C classes, K classes that an image has, D channels, h x w positions of the activation map (N = h*w),
 H x W pixels of the image, s activation, alpha spatial activation distribution, y in {0, 1} image-level labels, q learning
-status, u unit of L_REG; a dash marks the teacher's.
+status, u unit of L_REG, tau1 temperature of L_GEN, tau2 and tau2' of L_REG; a prime (') marks the teacher's.
 """
 
 import errno
@@ -159,9 +159,9 @@ def learning_status(running_loss, chance_loss):
 
 
 def set_adjustment(network, rate):
-    """Adjust a network by drop-path and dropout: residual branches, deeper ones likelier, features before the classifier.
+    """Adjust a network: drop whole residual branches, deeper ones more often, and features before the classifier.
 
-        student: rate = max_rate * q,     teacher: rate = weak_ratio * max_rate * q
+    Call it with rate = max_rate * q for the student and rate = weak_ratio * max_rate * q for the teacher.
 
     Sets `p` of every StochasticDepth (torchvision's drop-path, which drops a branch for single images; found by its name)
     to `rate * l / L` for the l-th of L in module order, and `p` of `network.dropout` to `rate`. Both act in training mode
@@ -202,7 +202,7 @@ def seed_maps(activations, size):
     (B, K, H, W) in [0, 1], float32; 0 where a class is positive nowhere.
     Source: IRN (Ahn et al., CVPR 2019), MCTformer (Xu et al., CVPR 2022). Like theirs, the maps of a CNN are enlarged with
     align_corners=False, although their outermost positions lie on the image's edge: it moves everything towards the middle,
-    to k / (k + 1) of its distance at a side of 16k + 1. IRN enlarges to the next multiple of 16 and cuts; we to the size.
+    to n / (n + 1) of its distance at a side of 16n + 1. IRN enlarges to the next multiple of 16 and cuts; we to the size.
     """
     total = sum(F.interpolate(s.float().relu(), size, mode="bilinear", align_corners=False) for s in activations)
     return total / total.amax((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
