@@ -80,11 +80,11 @@ def progress(names):
             print(f"\r{done} of {len(names)} images ", end="", flush=True)
 
 
-def compare(ids, folder, true_mask, num_classes):
-    """The confusion matrix of the label maps <id>.png of a folder against true_mask(id)."""
+def compare(ids, folder, masks, num_classes):
+    """The confusion matrix of the label maps <id>.png of a folder against those of another, the true masks."""
     counts = 0
     for name in progress(ids):
-        truth, path = true_mask(name), folder / f"{name}.png"
+        path, truth = folder / f"{name}.png", usage.read_mask(masks / f"{name}.png", None, num_classes)
         labels = usage.read_mask(path, truth.shape, num_classes)
         if (labels == usage.VOID).any():
             raise usage.InputError(f"{path}: has void (255), a prediction must not; measure a run's pseudo masks by --run")
@@ -102,23 +102,20 @@ def measure_run(run, data_root, with_sweep):
         settings = usage.read_json(path, keys)
         data = usage.open_run_data(run, settings, data_root)
         split = "train" if settings["split"] == "train_aug" else settings["split"]  # the part of it that has masks
-        if not data.list_of(split).is_file():
-            print(f"{what} of {split}: no list {data.list_of(split)} any more, not measured")
+        if split not in data.splits or not data.has_masks(data.ids(split)):
+            print(f"{what} of {split}: no list of it, or no true masks in {data.masks}, not measured")
             continue
         ids, folder = data.ids(split), run / what
         missing = [name for name in ids if not usage.is_there(folder / f"{name}.png")]
         if missing:
             raise usage.InputError(f"{folder / missing[0]}.png: not there; run the stage that writes {folder} to its end")
-        if not data.has_masks(ids):
-            print(f"{what} of {split}: no true masks in {data.masks}, not measured")
-            continue
         if data.is_coco and not all(usage.is_there(data.masks / f"{name}.png") for name in ids):
             draw_coco_masks(data, split)
         facts = {"data": str(data.root), "split": split, "images": len(ids)}
         if what == "seeds":
             entries += measure_seeds(run, data, ids, settings, facts, with_sweep)
         else:
-            confusion = compare(ids, folder, data.mask, len(data.classes))
+            confusion = compare(ids, folder, data.masks, len(data.classes))
             threshold = "none (argmax, refined)" if settings["refine"] else "none (argmax)"
             entries.append(summary(confusion, data.classes, what=what, threshold=threshold, **facts))
     return entries or usage.fail(f"{run}: nothing to measure; run make_seeds.py --run {run}, or correct --run, --data")
@@ -132,7 +129,7 @@ def measure_seeds(run, data, ids, settings, facts, with_sweep):
     counts, threshold = {"seeds": 0, "pseudo masks": 0}, settings["threshold"]
     for name in progress(ids):
         classes, *both = usage.load_maps(run / f"maps/{name}.npz")
-        truth = data.mask(name, both[0].shape[1:])
+        truth = usage.read_mask(data.masks / f"{name}.png", both[0].shape[1:], len(data.classes))
         for what, maps in zip(counts, both):
             labels = usage.label_map(maps[None], 0, classes)[0]                         # (H, W), 0 where all maps are 0
             levels = F.pad(maps, (0, 0, 0, 0, 1, 0)).amax(0)                            # (1 + K, H, W) -> (H, W)
@@ -150,18 +147,6 @@ def measure_seeds(run, data, ids, settings, facts, with_sweep):
     return entries
 
 
-def measure_folders(predicted, truth, classes):
-    """The entry of report.json for two folders of PNGs."""
-    ids, truths = (list(usage.image_files(folder, (".png",))) for folder in (predicted, truth))
-    if predicted.resolve() == truth.resolve():
-        raise usage.InputError(f"{predicted}: --pred and --truth are one folder; nothing would be measured")
-    num_classes = len(classes)
-    confusion = compare(ids, predicted, lambda name: usage.read_mask(truth / f"{name}.png", None, num_classes), num_classes)
-    split = f"every png of {predicted} ({len(truths)} in the truth)"
-    return [summary(confusion, classes, what="label maps", data=str(truth), split=split, images=len(ids),
-                    threshold="none (label maps)")]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = usage.fail
@@ -177,8 +162,13 @@ def main():
     if args.pred or args.truth or args.classes:
         if not (args.pred and args.truth) or args.run or args.data or args.sweep:
             raise usage.InputError("pass --pred and --truth, no --run, --data or --sweep; a run knows its --classes")
+        if args.pred.resolve() == args.truth.resolve():
+            raise usage.InputError(f"{args.pred}: --pred and --truth are one folder; nothing would be measured")
         classes = usage.read_classes(args.classes) if args.classes else usage.VOC_CLASSES
-        entries = measure_folders(args.pred, args.truth, classes)
+        ids, truths = (list(usage.image_files(folder, (".png",))) for folder in (args.pred, args.truth))
+        confusion, split = compare(ids, args.pred, args.truth, len(classes)), f"every png of {args.pred}"
+        entries = [summary(confusion, classes, what="label maps", data=str(args.truth), images=len(ids),
+                           split=f"{split} ({len(truths)} in the truth)", threshold="none (label maps)")]
     else:
         entries = measure_run(run, args.data, args.sweep)
     for entry in entries:

@@ -127,11 +127,8 @@ def main():
         data = usage.open_run_data(args.run, trained, args.data, [folder / "seeds", folder / "pseudo_masks"])
         ids = data.ids(split)
     predicted = folder != args.run
-    if predicted and args.class_threshold is None:
-        again = f"run train_cls.py --run {args.run} again, to its end"
-        learnt = usage.read_json(args.run / "classifier.json", ["class_threshold"], again)
-        usage.check_settings(args.run / "classifier.json", learnt, {"classifier": trained["classifier"]}, again)
-        args.class_threshold = learnt["class_threshold"]
+    if args.class_threshold is None:
+        args.class_threshold = trained["class_threshold"]
     labels = torch.ones(len(ids), len(data.classes)) if predicted else data.labels(ids)
     photographs = data.images.values() if args.images else data.sizes(ids)
     settings = {"classifier": trained["classifier"], "threshold": args.threshold, "scales": args.scales, "flip": args.flip,
@@ -210,7 +207,7 @@ def save_contact_sheet(folder, data, ids, width=180, height=120):
         columns["truth"] = data.masks
     headings = ["photograph", "heat map", *columns]
     sheet = Image.new("RGB", (len(headings) * (width + 4), 20 + len(ids) * (height + 4)), "white")
-    palette, font, pen = usage.voc_palette(), ImageFont.load_default(11), ImageDraw.Draw(sheet)
+    palette, font, pen = usage.VOC_PALETTE, ImageFont.load_default(11), ImageDraw.Draw(sheet)
     for column, heading in enumerate(headings):
         pen.text((column * (width + 4) + 3, 3), heading, "black", font)
     for line, name in enumerate(ids):

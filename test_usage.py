@@ -452,7 +452,7 @@ def test_resnet_features_are_torchvisions():
     body = nn.Sequential(*list(theirs.children())[:-2])
     images = torch.randn(1, 3, 97, 65)
     with torch.no_grad():
-        torch.testing.assert_close(network.features(images)[0], body(images))
+        torch.testing.assert_close(network.trunk(images), body(images))
 
 
 def test_transformer_features_are_torchvisions_at_224():
@@ -461,7 +461,7 @@ def test_transformer_features_are_torchvisions_at_224():
     with torch.no_grad():
         trunk = network.trunk
         tokens = trunk.encoder(torch.cat([trunk.class_token, trunk._process_input(images)], 1))[:, 1:]
-        torch.testing.assert_close(network.features(images)[0].flatten(2).transpose(1, 2), tokens)
+        torch.testing.assert_close(network.trunk(images).flatten(2).transpose(1, 2), tokens)
 
 
 def published_deit(width=192, blocks=12):
@@ -508,10 +508,10 @@ def test_deit_checkpoint_in_the_published_naming(tmp_path):
     network = usage.build_network("deit_tiny", 5, ours).eval()
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        features, attention = network.features(images, return_attention=True)
+        features, attention = network.trunk(images, return_attention=True)
         for ours, theirs in zip((features.flatten(2).transpose(1, 2), attention), slow_deit(state, images)):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(network.features(images)[0], features, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(network.trunk(images), features, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18"])
@@ -616,6 +616,10 @@ def digest(folder):
             for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".jsonl"}
 
 
+def true_mask(data, name, size=None):
+    return usage.read_mask(data.masks / f"{name}.png", size, len(data.classes))
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """Twelve small toy scenes."""
@@ -627,7 +631,7 @@ def test_toy_is_the_same_every_time(toy, tmp_path):
     data = usage.DataFolder(toy)
     for split in ("train", "val"):
         for name, labels in zip(data.ids(split), data.labels(data.ids(split))):
-            values = set(data.mask(name, (48, 48)).unique().tolist())
+            values = set(true_mask(data, name, (48, 48)).unique().tolist())
             assert {c + 1 for c in labels.nonzero()[:, 0].tolist()} == values - {0}
     before = digest(toy)
     assert train_cls.draw_toy(toy) == toy and digest(toy) == before             # what is there stays
@@ -706,7 +710,7 @@ def draw_coco(root, toy):
         for number, name in enumerate(data.ids(split), start=1):
             shutil.copy(data.images[name], root / f"{split}2014/COCO_{name}.jpg")
             images.append({"id": number, "file_name": f"COCO_{name}.jpg", "height": 48, "width": 48})
-            mask = data.mask(name).numpy()
+            mask = true_mask(data, name).numpy()
             for c, kind in zip(data.labels([name])[0].nonzero()[:, 0].tolist(), 2 * ("runs", "boxes")):
                 inside = mask == c + 1
                 runs = {"size": [48, 48], "counts": slow_runs(inside)}
@@ -741,13 +745,13 @@ def test_coco_has_the_labels_and_masks_it_was_made_of(toy, tmp_path):
     for split in ("train", "val"):
         evaluation.draw_coco_masks(coco, split)
         for name in voc.ids(split):
-            expected = order[voc.mask(name).long()]
-            assert torch.equal(coco.mask(f"COCO_{name}", (48, 48)).long(), expected)
+            expected = order[true_mask(voc, name).long()]
+            assert torch.equal(true_mask(coco, f"COCO_{name}", (48, 48)).long(), expected)
             assert {c + 1 for c in coco.labels([f"COCO_{name}"])[0].nonzero()[:, 0].tolist()} == set(
                 expected.unique().tolist()) - {0}
-    assert (coco.mask("COCO_empty") == 0).all() and (coco.labels(["COCO_empty"]) == 0).all()
+    assert (true_mask(coco, "COCO_empty") == 0).all() and (coco.labels(["COCO_empty"]) == 0).all()
     with pytest.raises(usage.InputError, match="48x48"):
-        coco.mask("COCO_empty", (48, 50))
+        true_mask(coco, "COCO_empty", (48, 50))
 
 
 def test_coco_outlines():
@@ -788,14 +792,14 @@ def test_small_objects_lie_over_large_ones_and_crowds_are_void(toy, tmp_path):
     train_cls.convert_coco(root)
     data = usage.DataFolder(root)
     evaluation.draw_coco_masks(data, "train")
-    mask = data.mask("COCO_train_0000")
+    mask = true_mask(data, "COCO_train_0000")
     assert (mask[5, 5], mask[20, 20], mask[40, 40]) == (1, 2, usage.VOID) and data.ids("train") == ["COCO_train_0000"]
 
 
 def test_palette_is_vocs():
     known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
-    assert [tuple(colour) for colour in usage.voc_palette()[:5].tolist()] == known
-    assert tuple(usage.voc_palette()[usage.VOID].tolist()) == (224, 224, 192)
+    assert [tuple(colour) for colour in usage.VOC_PALETTE[:5].tolist()] == known
+    assert tuple(usage.VOC_PALETTE[usage.VOID].tolist()) == (224, 224, 192)
 
 
 def test_images_of_every_mode(tmp_path):
@@ -1228,7 +1232,8 @@ def test_a_killed_training_ends_with_the_same_weights(script, result, finished, 
 def test_killed_seeds_end_as_the_same(finished, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    shutil.copy(finished[0] / "classifier.pt", run)
+    for name in ("classifier.pt", "classifier.json"):
+        shutil.copy(finished[0] / name, run)
     command = ["make_seeds.py", "--run", run, "--scales", 1, 2, "--workers", 0]
     kill_when_there(run / "seeds", *command)
     stage(*command)

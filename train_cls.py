@@ -166,8 +166,8 @@ def main():
         prepare_data(args.data, args.download)
     usage.wait_for_all()
     data = usage.DataFolder(args.data)
-    split = "train_aug" if data.list_of("train_aug").is_file() else "train"
-    ids, val_ids = data.ids(split), data.ids("val") if data.list_of("val").is_file() else []
+    split = "train_aug" if "train_aug" in data.splits else "train"
+    ids, val_ids = data.ids(split), data.ids("val") if "val" in data.splits else []
     train_labels, val_labels = data.labels(ids), None
     try:
         val_labels = data.labels(val_ids) if val_ids else None
@@ -262,6 +262,11 @@ def main():
 DEIT_WEIGHTS = "https://dl.fbaipublicfiles.com/deit/{}.pth"     # of Touvron et al., facebookresearch/deit
 DEIT_FILES = {"deit_tiny": "deit_tiny_patch16_224-a1311bcf", "deit_small": "deit_small_patch16_224-cd65a155",
               "deit_base": "deit_base_patch16_224-b5f2ef4d"}
+DEIT_NAMES = (                  # of its weights, and torchvision's for the same, to be replaced in this order
+    ("blocks.", "encoder.layers.encoder_layer_"), (".norm1.", ".ln_1."), (".norm2.", ".ln_2."),
+    (".attn.qkv.", ".self_attention.in_proj_"), (".attn.proj.", ".self_attention.out_proj."), (".mlp.fc1.", ".mlp.0."),
+    (".mlp.fc2.", ".mlp.3."), ("patch_embed.proj.", "conv_proj."), ("cls_token", "class_token"),
+    ("pos_embed", "encoder.pos_embedding"), ("norm.", "encoder.ln."))
 
 
 def pretrained_weights(backbone, weights):
@@ -284,20 +289,10 @@ def pretrained_weights(backbone, weights):
             state = versions["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
         state = state.get("model", state)                       # DeiT's files keep the weights under this key
         if "patch_embed.proj.weight" in state:
-            state = convert_deit(state)
+            for theirs, ours in DEIT_NAMES:
+                state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
         return {name.removeprefix("features."): tensor for name, tensor in state.items()
                 if not name.startswith(("fc.", "classifier.", "head"))}
-
-
-def convert_deit(state):
-    """DeiT's published names -> torchvision's VisionTransformer's: a state dict."""
-    renames = (("blocks.", "encoder.layers.encoder_layer_"), (".norm1.", ".ln_1."), (".norm2.", ".ln_2."),
-               (".attn.qkv.", ".self_attention.in_proj_"), (".attn.proj.", ".self_attention.out_proj."),
-               (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.3."), ("patch_embed.proj.", "conv_proj."),
-               ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("norm.", "encoder.ln."))
-    for theirs, ours in renames:
-        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
-    return state
 
 
 # ==== Preparing the data: the toy is drawn, VOC downloaded, COCO's lists and labels put into VOC's layout =============

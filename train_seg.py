@@ -31,20 +31,6 @@ RECIPES = {
 SCALES = (1.0, 1.5)                 # OURS: at test time, each with its mirror image
 
 
-class Segmenter(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, C + 1, h, w), background first: a classifier's trunk under a DeepLab head."""
-
-    def __init__(self, network, num_classes):
-        super().__init__()
-        self.network, self.fitting_size = network, network.fitting_size
-        self.network.classifier = nn.Identity()
-        self.head = DeepLabHead(network.channels, num_classes + 1, atrous_rates=(6, 12, 18))    # DeepLab's at stride 16
-
-    def forward(self, images):
-        with usage.fast_autocast(images.device):
-            return self.head(self.network.features(images)[0])
-
-
 @torch.no_grad()
 def predict(segmenter, image, size, refine):
     """The label map (H, W) of an image (1, 3, H, W): scales and flips voted by probability, edges as those of seeds."""
@@ -80,7 +66,7 @@ def main():
     device = usage.start_processes(args.device)
 
     # ---- the run so far
-    network, trained = usage.load_classifier(args.run)
+    segmenter, trained = usage.load_classifier(args.run)
     usage.take_defaults(args, RECIPES, trained["backbone"], trained["weights"])
     folder = args.pseudo_masks or args.run / "pseudo_masks"
     remedy = "add it, or correct --pseudo-masks" if args.pseudo_masks else f"run make_seeds.py --run {args.run} to its end"
@@ -88,7 +74,7 @@ def main():
         seeds = args.run / "seeds.json"
         usage.check_settings(seeds, usage.read_json(seeds, remedy=remedy), {"classifier": trained["classifier"]}, remedy)
     data = usage.open_run_data(args.run, trained, args.data, [folder])
-    ids, val_ids = data.ids(trained["split"]), data.ids("val") if data.list_of("val").is_file() else []
+    ids, val_ids = data.ids(trained["split"]), data.ids("val") if "val" in data.splits else []
     masks = [folder / f"{name}.png" for name in ids]
     for mask in masks:
         if not usage.is_there(mask):
@@ -102,9 +88,11 @@ def main():
 
     # ---- network and optimiser
     torch.manual_seed(args.seed)
-    segmenter = Segmenter(network, len(data.classes)).to(device, memory_format=torch.channels_last)
-    groups = [{"params": segmenter.network.parameters(), "lr": args.lr},
-              {"params": segmenter.head.parameters(), "lr": 10 * args.lr}]
+    channels = segmenter.classifier.in_channels
+    segmenter.classifier = DeepLabHead(channels, len(data.classes) + 1, atrous_rates=(6, 12, 18))   # DeepLab's at stride 16
+    segmenter = segmenter.to(device, memory_format=torch.channels_last)
+    groups = [{"params": segmenter.trunk.parameters(), "lr": args.lr},
+              {"params": segmenter.classifier.parameters(), "lr": 10 * args.lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=trained["weight_decay"], fused=True)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimiser, args.epochs * len(loader), power=0.9)
     ddp = nn.parallel.DistributedDataParallel(segmenter) if usage.WORLD > 1 else segmenter

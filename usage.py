@@ -40,10 +40,6 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision import tv_tensors
-from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.vision_transformer import EncoderBlock
-from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 
 try:
@@ -283,63 +279,56 @@ TO_TENSOR = v2.Compose([        # a PIL image -> (3, H, W), with ImageNet's mean
 
 
 class ActivationNetwork(nn.Module):
-    """Images (B, 3, H, W) of any size, normalised as by TO_TENSOR -> activations (B, C, h, w); here of a CNN.
+    """Images (B, 3, H, W) of any size, normalised as by TO_TENSOR -> activations (B, C, h, w).
 
-    s[c,i] = w_c . f_i + b_c: a 1x1 convolution on the features f, without ReLU. h = ceil(H / 16). In bfloat16 where the
-    device computes in it.
+    s[c,i] = w_c . f_i + b_c: a 1x1 convolution on the trunk's features f, without ReLU. h = ceil(H / 16). In bfloat16
+    where the device computes in it.
     """
-
-    beyond = 1                                                  # the outermost positions are corner pixels at 16k + 1
 
     def __init__(self, trunk, channels, num_classes, frozen):
         super().__init__()
-        self.trunk, self.channels, self.frozen = trunk, channels, frozen
+        self.trunk, self.frozen = trunk, frozen
         self.dropout = nn.Dropout(0.0)
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
 
-    def features(self, images, return_attention=False):
-        """(B, 3, H, W) -> (B, D, h, w), and None: there is no attention."""
-        return self.trunk(images), None
-
     def forward(self, images, return_attention=False):
-        """(B, 3, H, W) -> activations (B, C, h, w), with `return_attention` also the attention of `features`."""
+        """(B, 3, H, W) -> activations (B, C, h, w), with `return_attention` also the attention of a PatchTransformer."""
         with fast_autocast(images.device):
-            features, attention = self.features(images, return_attention)
+            features, attention = self.trunk(images, True) if return_attention else (self.trunk(images), None)
             s = self.classifier(self.dropout(features))                             # (B, D, h, w) -> (B, C, h, w)
         return (s, attention) if return_attention else s
 
     def fitting_size(self, size):
         """An (H, W) near `size` on which positions fall evenly."""
-        return tuple(max(1, round(side / STRIDE)) * STRIDE + self.beyond for side in size)
+        beyond = 0 if isinstance(self.trunk, PatchTransformer) else 1       # a CNN's outermost are corner pixels at 16k + 1
+        return tuple(max(1, round(side / STRIDE)) * STRIDE + beyond for side in size)
 
     def train(self, mode=True):
-        """As torch's; if `frozen`, BatchNorm uses its statistics and weights as they are, in training too."""
+        """As torch's; if `frozen`, the trunk's BatchNorm uses its statistics and weights as they are, in training too."""
         super().train(mode)
-        for module in self.modules():
+        for module in self.trunk.modules():
             if self.frozen and isinstance(module, nn.BatchNorm2d):
                 module.eval().requires_grad_(False)
         return self
 
 
-class TransformerNetwork(ActivationNetwork):
-    """A torchvision VisionTransformer whose patches are the positions; other sides are resized to the next 16k."""
+class PatchTransformer(torchvision.models.VisionTransformer):
+    """torchvision's, whose patches are the positions; other sides are resized to the next 16k."""
 
-    beyond = 0                                                  # patches fill sides of 16k
-
-    def features(self, images, return_attention=False):
+    def forward(self, images, return_attention=False):
         """(B, 3, H, W) -> (B, D, h, w), and with `return_attention` each block's attention (B, blocks, 1 + N, 1 + N).
 
         Attention: rows attend to columns, the class token first, the mean over heads.
         """
-        encoder, embedding = self.trunk.encoder, self.trunk.encoder.pos_embedding   # (1, 1 + n*n, D)
+        encoder, embedding = self.encoder, self.encoder.pos_embedding               # (1, 1 + n*n, D)
         h, w = (math.ceil(side / STRIDE) for side in images.shape[-2:])
         if images.shape[-2:] != (h * STRIDE, w * STRIDE):
             images = F.interpolate(images, (h * STRIDE, w * STRIDE), mode="bilinear", align_corners=False)
-        patches = self.trunk.conv_proj(images)                                      # (B, D, h, w)
+        patches = self.conv_proj(images)                                            # (B, D, h, w)
         n = math.isqrt(embedding.shape[1] - 1)
         grid = embedding[:, 1:].transpose(1, 2).unflatten(2, (n, n))                # (1, n*n, D) -> (1, D, n, n)
         patches = patches + F.interpolate(grid, (h, w), mode="bicubic", align_corners=False)
-        token = (self.trunk.class_token + embedding[:, :1]).expand(len(images), -1, -1)             # (B, 1, D)
+        token = (self.class_token + embedding[:, :1]).expand(len(images), -1, -1)   # (B, 1, D)
         tokens = torch.cat([token, patches.flatten(2).transpose(1, 2)], 1)          # (B, 1 + N, D)
         attention = []
         for block in encoder.layers:
@@ -349,7 +338,7 @@ class TransformerNetwork(ActivationNetwork):
             tokens = tokens + block.mlp(block.ln_2(tokens))
             attention.append(weights)
         features = encoder.ln(tokens)[:, 1:].transpose(1, 2).unflatten(2, (h, w))   # (B, 1 + N, D) -> (B, D, h, w)
-        return features, torch.stack(attention, 1).float() if return_attention else None
+        return (features, torch.stack(attention, 1).float()) if return_attention else features
 
 
 def build_network(backbone, num_classes, state=None, frozen=False):
@@ -363,7 +352,7 @@ def build_network(backbone, num_classes, state=None, frozen=False):
         raise InputError(f"unknown backbone {backbone!r}: take one of {', '.join(BACKBONES)}")
     if backbone in DEITS:
         channels, heads = DEITS[backbone]
-        trunk = torchvision.models.VisionTransformer(224, STRIDE, 12, heads, channels, mlp_dim=4 * channels)
+        trunk = PatchTransformer(224, STRIDE, 12, heads, channels, mlp_dim=4 * channels)
         trunk.heads = nn.Identity()
     elif backbone == "mobilenet_v2":
         model = torchvision.models.mobilenet_v2()
@@ -375,31 +364,21 @@ def build_network(backbone, num_classes, state=None, frozen=False):
     if state is not None:
         trunk.load_state_dict(state)
     if backbone in CNNS:
-        keep_stride(trunk[14:] if backbone == "mobilenet_v2" else trunk.layer4)     # what goes from stride 16 to 32
-    add_drop_path(trunk)
-    network = (TransformerNetwork if backbone in DEITS else ActivationNetwork)(trunk, channels, num_classes, frozen)
-    return network.train()
-
-
-def keep_stride(stage):
-    """Let the stage that would go from stride 16 to 32 stay at 16, dilating what follows its strided convolution.
-
-    OURS: IRN does not dilate there; dilated, a pretrained layer sees what it was trained on.
-    """
-    for conv in (module for module in stage.modules() if isinstance(module, nn.Conv2d)):
-        if conv.stride == (2, 2):
-            conv.stride = (1, 1)
-        elif conv.kernel_size == (3, 3):
-            conv.dilation = conv.padding = (2, 2)
-
-
-def add_drop_path(trunk):
-    """Put torchvision's StochasticDepth, rate 0, at the end of every residual branch."""
-    ends = {BasicBlock: ["bn2"], Bottleneck: ["bn3"], InvertedResidual: ["conv"], EncoderBlock: ["dropout", "mlp"]}
+        # The stage that would go from stride 16 to 32 stays at 16, dilated after its strided convolution. OURS: IRN does
+        # not dilate there; dilated, a pretrained layer sees what it was trained on.
+        stage = trunk[14:] if backbone == "mobilenet_v2" else trunk.layer4
+        for conv in (module for module in stage.modules() if isinstance(module, nn.Conv2d)):
+            if conv.stride == (2, 2):
+                conv.stride = (1, 1)
+            elif conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (2, 2)
+    # Every residual branch ends with torchvision's drop-path; an InvertedResidual may be without a shortcut.
+    ends = {"BasicBlock": ["bn2"], "Bottleneck": ["bn3"], "InvertedResidual": ["conv"], "EncoderBlock": ["dropout", "mlp"]}
     for block in list(trunk.modules()):
-        if getattr(block, "use_res_connect", True):             # an InvertedResidual may be without a shortcut
-            for name in ends.get(type(block), []):
-                setattr(block, name, nn.Sequential(getattr(block, name), StochasticDepth(0.0, mode="row")))
+        if getattr(block, "use_res_connect", True):
+            for name in ends.get(type(block).__name__, []):
+                setattr(block, name, nn.Sequential(getattr(block, name), torchvision.ops.StochasticDepth(0.0, mode="row")))
+    return ActivationNetwork(trunk, channels, num_classes, frozen).train()
 
 
 def activate(network, images, temperature, attention=False):
@@ -452,6 +431,8 @@ def fast_autocast(device):
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
 VOID = 255                      # the value of mask pixels that no metric and no loss counts
+VOC_PALETTE = sum(              # (256, 3): the bits of the label, spread over the channels from the highest bit down
+    (np.arange(256)[:, None] >> (3 * bit + np.arange(3)) & 1) << (7 - bit) for bit in range(8)).astype(np.uint8)
 
 
 class InputError(Exception):
@@ -521,8 +502,8 @@ class DataFolder:
         classes.txt                           one name per line; without it VOC's 20
         SegmentationClass/<id>.png            true masks, only opened to evaluate and to show them
 
-    root: the folder, or the one that VOC's archive was unpacked in. Attributes: root, is_coco, masks, classes [name],
-    images {id: path}. Raises InputError, here and in every method, for whatever is missing or does not fit.
+    root: the folder, or the one that VOC's archive was unpacked in. Attributes: root, is_coco, masks, splits {name},
+    classes [name], images {id: path}. Raises InputError, here and in every method, for whatever is missing or does not fit.
     """
 
     def __init__(self, root):
@@ -531,19 +512,16 @@ class DataFolder:
         if not self.root.is_dir():
             raise InputError(f"{root}: no such folder; pass --data FOLDER in VOC's or COCO's layout, or --data toy")
         self.is_coco = (self.root / "annotations/instances_train2014.json").is_file()
+        self.splits = {path.stem for path in self.root.glob("ImageSets/Segmentation/*.txt")}
         self.masks, names = self.root / "SegmentationClass", self.root / "classes.txt"
         self.classes = read_classes(names) if names.is_file() else VOC_CLASSES
         folders = [self.root / folder for folder in ("JPEGImages", "train2014", "val2014")]
         folders = [folder for folder in folders if folder.is_dir()] or folders
         self.images = {name: path for folder in folders for name, path in image_files(folder).items()}
 
-    def list_of(self, split):
-        """The path of a split's list, which may not be there."""
-        return self.root / f"ImageSets/Segmentation/{split}.txt"
-
     def ids(self, split):
         """The ids of a split, in the list's order."""
-        path = self.list_of(split)
+        path = self.root / f"ImageSets/Segmentation/{split}.txt"
         ids = list(dict.fromkeys(read_lines(path, "write the ids of the split into it, one per line")))
         for name in ids:
             if name not in self.images:
@@ -572,10 +550,6 @@ class DataFolder:
     def has_masks(self, ids):
         """Whether some of these images have true masks, or COCO's outlines of which eval.py draws them."""
         return self.is_coco or any((self.masks / f"{name}.png").is_file() for name in ids)
-
-    def mask(self, name, size=None):
-        """The true mask of an image as `read_mask` gives it."""
-        return read_mask(self.masks / f"{name}.png", size, len(self.classes))
 
 
 class Photographs(torch.utils.data.Dataset):
@@ -809,20 +783,20 @@ def load_checkpoint(path, remedy):
 
 
 def load_classifier(run):
-    """The student of a finished stage 1 and the settings it was trained with; "classifier" is its fingerprint."""
-    path = Path(run) / "classifier.pt"
+    """The student of a finished stage 1, and the settings it was trained with beside what classifier.json says of it."""
+    path, learnt = Path(run) / "classifier.pt", Path(run) / "classifier.json"
     remedy = f"run train_cls.py --run {run} with your --data and --backbone first, or correct --run"
     state = load_checkpoint(path, remedy)
     with reading(path, f"not a classifier of train_cls.py: {remedy}"):
-        settings, epoch = state["settings"], state["progress"]["epoch"]
+        settings = state["settings"]
         for key in ("data", "split", "size", "jitter", "weight_decay", "temperature", "attention"):
             settings[key]                                       # what later stages read; another version may lack some
-        epochs = settings["epochs"] + settings["reg_epochs"]
         network = build_network(settings["backbone"], len(settings["classes"]), frozen=settings["weights"] != "none")
         network.load_state_dict(state["student"])
-    if epoch < epochs:
-        raise InputError(f"{path}: {epoch} of {epochs} epochs done; run train_cls.py again, it goes on there")
-    return network, settings | {"classifier": fingerprint(*state["student"].values())}
+    remedy = f"run train_cls.py --run {run} again, to its end"
+    table = read_json(learnt, ["class_threshold"], remedy)      # what stage 1 writes last
+    check_settings(learnt, table, {"classifier": fingerprint(*state["student"].values())}, remedy)
+    return network, settings | table
 
 
 def open_run_data(run, settings, root=None, folders=()):
@@ -922,17 +896,10 @@ class Log:
         return f"\r{self.done} images  {shown}{rate:.1f} images/s  {int(left // 60)}:{int(left % 60):02d} left  "
 
 
-def voc_palette():
-    """VOC's colours: (256, 3) uint8; the bits of the label, spread over the channels from the highest bit down."""
-    labels = np.arange(256)[:, None]
-    bits = sum((labels >> (3 * bit + np.arange(3)) & 1) << (7 - bit) for bit in range(8))
-    return bits.astype(np.uint8)
-
-
 def save_mask(path, mask):
     """Write (H, W) integer labels as a PNG with VOC's palette."""
     image = Image.fromarray(np.asarray(mask, dtype=np.uint8))
-    image.putpalette(voc_palette().tobytes())
+    image.putpalette(VOC_PALETTE.tobytes())
     with written(path) as temporary:
         image.save(temporary)
 
