@@ -94,12 +94,14 @@ def compare(ids, folder, masks, num_classes):
 
 def measure_run(run, data_root, with_sweep):
     """Entries of report.json for what is found in a run folder."""
-    entries = []
+    entries, made_of = [], {}
     for what, path in (("seeds", run / "seeds.json"), ("segmentation", run / "segmentation.json")):
         if not path.is_file():
             continue
-        keys = ["data", "classes", "split", *(["threshold", "class_threshold"] if what == "seeds" else ["refine"])]
-        settings = usage.read_json(path, keys)
+        keys = ["threshold", "class_threshold"] if what == "seeds" else ["refine"]
+        settings = usage.read_json(path, ["data", "classes", "split", "classifier", *keys])
+        usage.check_settings(path, settings, made_of, f"remove it and {what}, and run train_seg.py again")
+        made_of = {"classifier": settings["classifier"]}        # segmentation must be of the same
         data = usage.open_run_data(run, settings, data_root)
         split = "train" if settings["split"] == "train_aug" else settings["split"]  # the part of it that has masks
         if split not in data.splits or not data.has_masks(data.ids(split)):
@@ -118,7 +120,7 @@ def measure_run(run, data_root, with_sweep):
             confusion = compare(ids, folder, data.masks, len(data.classes))
             threshold = "none (argmax, refined)" if settings["refine"] else "none (argmax)"
             entries.append(summary(confusion, data.classes, what=what, threshold=threshold, **facts))
-    return entries or usage.fail(f"{run}: nothing to measure; run make_seeds.py --run {run}, or correct --run, --data")
+    return entries or usage.fail(f"{run}: nothing to measure; run make_seeds.py for it, add true masks, or correct flags")
 
 
 def measure_seeds(run, data, ids, settings, facts, with_sweep):

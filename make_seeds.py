@@ -125,6 +125,8 @@ def main():
         if args.split and args.split != split:
             split, folder = args.split, args.run / args.split
         data = usage.open_run_data(args.run, trained, args.data, [folder / "seeds", folder / "pseudo_masks"])
+        if split not in data.splits:
+            raise usage.InputError(f"--split {split}: no such list; there are {', '.join(sorted(data.splits))}")
         ids = data.ids(split)
     predicted = folder != args.run
     if args.class_threshold is None:

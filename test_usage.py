@@ -1464,7 +1464,7 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "another photograph of that name, seeds": (SEEDS, "another input_files", cut(PHOTO)),
     "background as a class": (TRAIN, "background is no class", text(CLASSES, "background\na\nb\nc\nd\n")),
     "no labels at all": (TRAIN, "list its classes in labels.json", gone(LABELS)),
-    "classifier.json of another classifier": ([*SEEDS, "--split", "val"], "another classifier; run train_cls", table(
+    "classifier.json of another classifier": ([*SEEDS, "--split", "val"], "another classifier; give the same", table(
         "run/classifier.json", lambda table: table.update(classifier="x"))),
     "unreadable image, segmentation": (SEG, "train_0000.jpg", zeroed(PHOTO, "run/segmenter.pt")),
     "two images of one name": (TRAIN, "rename one", picture(TWIN)),
@@ -1485,6 +1485,15 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "labels corrected, seeds": (SEEDS, "seeds.json: made with another input_files", labels(list.clear)),
     "another photograph of that name, segmentation": (SEG, "another input_files", picture(PHOTO, mode="RGB")),
     "another photograph of val, segmentation": (SEG, "another val", picture(PHOTO.replace("train", "val"), mode="RGB")),
+    "a class threshold that is none": ([*SEEDS, "--split", "val"], "same train_cls.py command", table(
+        "run/classifier.json", lambda table: table.update(class_threshold="0.4"))),
+    "a split that is none": ([*SEEDS, "--split", "../Main/val"], "there are train, val", None),
+    "another photograph of that name, pseudo masks": (SEG, "seeds.json: made with another input_files", lambda path: (
+        (path / PHOTO).write_bytes((path / PHOTO).read_bytes() + b"."), gone("run/segmenter.pt")(path))),
+    "segmentation of another segmenter": (SEG, "another segmenter", table(
+        "run/segmentation.json", lambda table: table.update(segmenter="x"))),
+    "segmentation of another classifier": (EVAL, "segmentation.json: made with another classifier", table(
+        "run/segmentation.json", lambda table: table.update(classifier="x"))),
     "pseudo masks of another classifier": (SEG, "another classifier", table("run/seeds.json", lambda table: table.update(
         classifier="0"))),
     "pseudo masks not there": ([*SEG, "--pseudo-masks", "RUN/other"], "correct --pseudo-masks", None),
@@ -1597,10 +1606,10 @@ def test_a_folder_that_cannot_be_written_to(toy, tmp_path, capsys):
     assert "move away what is there" in message
 
 
-def test_several_processes_without_torchrun(monkeypatch):
-    monkeypatch.setattr(usage, "WORLD", 2)
-    with pytest.raises(usage.InputError, match="start them by torchrun"):
-        usage.start_processes("cpu")
+def test_without_torchrun_there_is_one_process():
+    command = [sys.executable, "-c", "import usage; print(usage.RANK, usage.WORLD, usage.start_processes('cpu'))"]
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
+    assert subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True).stdout == "0 1 cpu\n"
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------

@@ -70,11 +70,12 @@ def main():
     usage.take_defaults(args, RECIPES, trained["backbone"], trained["weights"])
     folder = args.pseudo_masks or args.run / "pseudo_masks"
     remedy = "add it, or correct --pseudo-masks" if args.pseudo_masks else f"run make_seeds.py --run {args.run} to its end"
-    if not args.pseudo_masks:
-        seeds = args.run / "seeds.json"
-        usage.check_settings(seeds, usage.read_json(seeds, remedy=remedy), {"classifier": trained["classifier"]}, remedy)
     data = usage.open_run_data(args.run, trained, args.data, [folder])
     ids, val_ids = data.ids(trained["split"]), data.ids("val") if "val" in data.splits else []
+    if not args.pseudo_masks:
+        seeds, files = args.run / "seeds.json", usage.fingerprint(ids, data.labels(ids), *data.sizes(ids))
+        made_of = {"classifier": trained["classifier"], "input_files": files}
+        usage.check_settings(seeds, usage.read_json(seeds, remedy=remedy), made_of, remedy)
     masks = [folder / f"{name}.png" for name in ids]
     for mask in masks:
         if not usage.is_there(mask):
@@ -122,6 +123,9 @@ def main():
             print(log.line(args.batch_size, loss=usage.process_mean(loss)[0], lr=lr), end="", flush=True)
 
     # ---- prediction
+    usage.wait_for_all()                                                        # for the file
+    predicted_with["segmenter"] = usage.fingerprint(args.run / "segmenter.pt")
+    usage.check_results(args.run / "segmentation.json", predicted_with, [args.run / "segmentation"])
     todo = [name for name in val_ids[usage.RANK::usage.WORLD] if not usage.is_there(args.run / f"segmentation/{name}.png")]
     print(f"\nlabelling {len(val_ids)} images of val")
     segmenter.eval()

@@ -623,7 +623,9 @@ def read_mask(path, size, num_classes):
 
 # ==== 5. The run folder ===============================================================================================
 
-RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # as torchrun sets them
+RANK, WORLD = 0, 1
+if torch.distributed.is_torchelastic_launched():                # by torchrun
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 WORKERS = min(8, max(1, CORES // 2))        # OURS: loaders of images; on a CPU the rest computes
 
@@ -703,8 +705,7 @@ def start_processes(device):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if WORLD > 1:
-        with reading("several processes", "start them by torchrun, or unset RANK and WORLD_SIZE"):
-            torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
 
 
@@ -793,8 +794,10 @@ def load_classifier(run):
             settings[key]                                       # what later stages read; another version may lack some
         network = build_network(settings["backbone"], len(settings["classes"]), frozen=settings["weights"] != "none")
         network.load_state_dict(state["student"])
-    remedy = f"run train_cls.py --run {run} again, to its end"
-    table = read_json(learnt, ["class_threshold"], remedy)      # what stage 1 writes last
+    remedy = "give the same train_cls.py command again, to its end"
+    with reading(learnt, remedy):
+        table = read_json(learnt, ["class_threshold"], remedy)  # what stage 1 writes last
+        assert 0 <= table["class_threshold"] <= 1, "class_threshold is no probability"
     check_settings(learnt, table, {"classifier": fingerprint(*state["student"].values())}, remedy)
     return network, settings | table
 
