@@ -3,9 +3,9 @@
     python train_seg.py --run runs/toy-resnet50
     python train_seg.py --run runs/toy-resnet50 --pseudo-masks DIR     on anybody's pseudo masks of the same images
 
-The backbone of stage 1 with torchvision's DeepLab head. Reads classifier.pt and pseudo_masks/. Writes segmenter.pt, its log
-segmenter.jsonl, segmentation/<id>.png and what those were made with, segmentation.json, into the run folder; started again,
-it goes on after the last finished epoch. No true mask is opened. Next: eval.py.
+The network of stage 1 with torchvision's DeepLab head. Reads classifier.pt and .json, seeds.json and pseudo_masks/. Writes
+segmenter.pt, its log segmenter.jsonl, segmentation/<id>.png and what those were made with, segmentation.json, into the run
+folder; started again, it goes on after the last finished epoch. No true mask is opened. Next: eval.py.
 """
 
 import argparse
