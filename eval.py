@@ -188,8 +188,7 @@ def draw_coco_masks(data, split):
     print(f"{path}: drawing the true masks, for the first time", flush=True)
     with usage.reading(path, "not COCO's instances: fetch it again"):
         table = json.loads(path.read_bytes())
-        names = {category["id"]: category["name"] for category in table["categories"]}
-        labels = {number: data.classes.index(name) + 1 for number, name in names.items()}
+        labels = {category["id"]: data.classes.index(category["name"]) + 1 for category in table["categories"]}
         objects = {image["id"]: [] for image in table["images"]}
         for entry in sorted(table.pop("annotations"), key=lambda entry: (not entry["iscrowd"], -entry["area"])):
             objects[entry["image_id"]].append(entry)

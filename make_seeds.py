@@ -16,6 +16,7 @@ Next: train_seg.py, or eval.py.
 """
 
 import argparse
+import contextlib
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,50 +40,16 @@ RECIPES = {
     ("transformer", "pretrained"): dict(scales=[0.75, 1.0, 1.25], threshold=0.4, affinity=True),
 }
 UNCERTAIN = 0.08                    # OURS: refined maps this near to the threshold become void
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-
-def parse_arguments():
-    number = usage.number
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     epilog="Flags without a default here take it from the table RECIPES in this file.")
-    parser.error = usage.fail
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stage 1 (default runs/toy-resnet50)")
-    add("--data", help="where the data lies now, if it has moved since stage 1")
-    add("--split", help="another split than that of training, its labels predicted")
-    add("--images", type=Path, help="a folder of photographs, their labels predicted")
-    add("--class-threshold", type=number(0, 1),
-        help="a class of this probability is predicted (default: the one that gives the training images as many classes as "
-             "they have)")
-    add("--threshold", type=number(0, 1), help="a pixel above it is foreground (default 0.4)")
-    add("--scales", type=number(0.05, 8), nargs="+", help="default: 1 1.5 2 for CNNs, 0.75 1 1.25 for Transformers")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
-    add("--affinity", action=argparse.BooleanOptionalAction,
-        help="Transformers: spread the maps by the attention among patches (default: if pretrained)")
-    add("--refine", action=argparse.BooleanOptionalAction, default=True,
-        help="let pseudo masks follow the edges of the image (default yes); without it they are the seeds")
-    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"load images (default {usage.WORKERS})")
-    add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
-    args = parser.parse_args()
-    if args.images and args.split:
-        raise usage.InputError("pass --images or --split, not both")
-    return args
-
-
-class Readable(usage.Photographs):
-    """Photographs, with None in the place of a file that cannot be read."""
-
-    def __getitem__(self, index):
-        try:
-            return super().__getitem__(index)
-        except usage.InputError:
-            return None, self.targets[index]
 
 
 def open_photographs(folder, classes):
-    """Anybody's photographs, with the classes of a trained run, as far as they are needed of a DataFolder."""
-    images = usage.image_files(folder, IMAGE_ENDINGS)
+    """Anybody's photographs, those that can be read, with the classes of a trained run: what is needed of a DataFolder."""
+    images = {}
+    for name, path in usage.image_files(folder).items():
+        with contextlib.suppress(usage.InputError):
+            usage.read_image(path)
+            images[name] = path
+    images = images or usage.fail(f"{folder}: no photograph in it can be read; put some there, or pass another")
     return SimpleNamespace(root=folder, classes=classes, images=images, masks=folder / "no true masks")
 
 
@@ -108,7 +75,30 @@ def write_results(folder, name, present, maps, refined, threshold, uncertain=UNC
 
 @torch.no_grad()
 def main():
-    args = parse_arguments()
+    number = usage.number
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     epilog="Flags without a default here take it from the table RECIPES in this file.")
+    parser.error = usage.fail
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stage 1 (default runs/toy-resnet50)")
+    add("--data", help="where the data lies now, if it has moved since stage 1")
+    add("--split", help="another split than that of training, its labels predicted")
+    add("--images", type=Path, help="a folder of photographs, their labels predicted")
+    add("--class-threshold", type=number(0, 1),
+        help="a class of this probability is predicted (default: the one that gives the training images as many classes as "
+             "they have)")
+    add("--threshold", type=number(0, 1), help="a pixel above it is foreground (default 0.4)")
+    add("--scales", type=number(0.05, 8), nargs="+", help="default: 1 1.5 2 for CNNs, 0.75 1 1.25 for Transformers")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
+    add("--affinity", action=argparse.BooleanOptionalAction,
+        help="Transformers: spread the maps by the attention among patches (default: if pretrained)")
+    add("--refine", action=argparse.BooleanOptionalAction, default=True,
+        help="let pseudo masks follow the edges of the image (default yes); without it they are the seeds")
+    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"load images (default {usage.WORKERS})")
+    add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
+    args = parser.parse_args()
+    if args.images and args.split:
+        raise usage.InputError("pass --images or --split, not both")
     device = usage.start_processes(args.device)
 
     # ---- the classifier and the images
@@ -146,12 +136,9 @@ def main():
     # ---- seeds
     log = usage.Log(folder / "seeds.jsonl", len(mine), len(mine) - len(todo))
     usage.write_json(folder / "seeds.json", settings)
-    images = (Readable if args.images else usage.Photographs)(data, [ids[k] for k in todo], labels[todo])
+    images = usage.Photographs(data, [ids[k] for k in todo], labels[todo])
     loader = DataLoader(images, batch_size=None, num_workers=args.workers)
     for name, (image, has) in zip(images.ids, loader):
-        if image is None:
-            print(log.line(1), end="", flush=True)
-            continue
         image, size = image[None].to(device), image.shape[-2:]                      # (1, 3, H, W)
         if predicted:
             square = network.fitting_size(2 * (trained["size"],))                   # as the class threshold was chosen
@@ -172,21 +159,19 @@ def main():
     usage.wait_for_all()
     if usage.RANK > 0:
         return
-    made = [name for name in ids if all(map(usage.is_there, results_of(folder, name)))]
     print()
     if predicted:
-        found = {name: [data.classes[c] for c in usage.load_maps(folder / f"maps/{name}.npz")[0]] for name in made}
+        found = {name: [data.classes[c] for c in usage.load_maps(folder / f"maps/{name}.npz")[0]] for name in ids}
         usage.write_json(folder / "labels.json", found)
-        print(f"{sum(map(len, found.values()))} classes found; {sum(not names for names in found.values())} of {len(made)} "
+        print(f"{sum(map(len, found.values()))} classes found; {sum(not names for names in found.values())} of {len(ids)} "
               "images have none")
     if args.images:
-        used = {data.images[name].name for name in made}
+        used = {path.name for path in data.images.values()}
         others = sorted(path.name + "/" * path.is_dir() for path in args.images.iterdir() if path.name not in used)
         if others:
             print(f"left out, as no photographs that can be read: {', '.join(others)}")
-    if made:
-        save_contact_sheet(folder, data, made)
-        print(f"{folder / 'seeds.png'} shows some")
+    save_contact_sheet(folder, data, ids)
+    print(f"{folder / 'seeds.png'} shows some")
     run = shlex.quote(str(folder))
     following = [] if predicted else [f"python train_seg.py --run {run}"]
     if not args.images and data.has_masks(ids):

@@ -1236,6 +1236,7 @@ def test_killed_seeds_end_as_the_same(finished, tmp_path):
         shutil.copy(finished[0] / name, run)
     command = ["make_seeds.py", "--run", run, "--scales", 1, 2, "--workers", 0]
     kill_when_there(run / "seeds", *command)
+    (run / "seeds/.partial-1-left.png").touch()
     stage(*command)
     for folder in ("seeds", "pseudo_masks", "maps"):
         assert digest(run / folder) == digest(finished[0] / folder)

@@ -103,17 +103,16 @@ def parse_arguments():
 
 
 @torch.no_grad()
-def teacher_activations(teacher, images, views):
+def teacher_activations(teacher, images, views, size):
     """s', the teacher's view: of an adjusted network; or, to compare with, of an image mirrored and at 3/4 of its size.
 
-    images (B, 3, H, W) -> (B, C, h, w), without gradient, put back in place.
+    images (B, 3, H, W), size (h, w) of the student's map -> (B, C, h, w), without gradient, put back in place.
     """
     if views == "adjusted":
         return teacher(images)
-    size = teacher.fitting_size([0.75 * side for side in images.shape[-2:]])
-    s = teacher(F.interpolate(images.flip(-1), size, mode="bilinear", align_corners=False, antialias=True))
-    h, w = (math.ceil(side / usage.STRIDE) for side in images.shape[-2:])
-    return F.interpolate(s.float().flip(-1), (h, w), mode="bilinear", align_corners=False)
+    smaller = teacher.fitting_size([0.75 * side for side in images.shape[-2:]])
+    s = teacher(F.interpolate(images.flip(-1), smaller, mode="bilinear", align_corners=False, antialias=True))
+    return F.interpolate(s.float().flip(-1), size, mode="bilinear", align_corners=False)
 
 
 def learning_rate(step, first, steps):
@@ -129,14 +128,13 @@ def learning_rate(step, first, steps):
 
 @torch.no_grad()
 def classify(network, photographs, args, device):
-    """The class scores of photographs with labels: two (images, C), scores s~ and labels."""
+    """The class scores s~ of photographs: (images, C)."""
     network.eval()
-    scores, labels = [], []
-    for images, target in DataLoader(photographs, args.batch_size, num_workers=args.workers):
+    scores = []
+    for images, _ in DataLoader(photographs, args.batch_size, num_workers=args.workers):
         images = images.to(device, memory_format=torch.channels_last)
         scores.append(usage.class_scores(*usage.activate(network, images, args.temperature, args.attention)).cpu())
-        labels.append(target)
-    return torch.cat(scores), torch.cat(labels)
+    return torch.cat(scores)
 
 
 def mean_average_precision(scores, labels):
@@ -222,7 +220,7 @@ def main():
             generation = usage.generation_loss(s, alpha, labels)                                # L_GEN
             regularization = torch.zeros_like(generation)
             if regularized:
-                s_teacher = teacher_activations(teacher.module, images, args.views)             # s' (B, C, h, w)
+                s_teacher = teacher_activations(teacher.module, images, args.views, s.shape[2:])     # s' (B, C, h, w)
                 unit = usage.activation_unit(s_teacher)                                         # u  (B, C, 1, 1)
                 log_alpha = usage.spatial_activation_distribution(s / unit, args.reg_temperature, log=True)
                 teacher_alpha = usage.spatial_activation_distribution(s_teacher / unit, args.teacher_temperature)
@@ -231,13 +229,12 @@ def main():
 
             optimiser.zero_grad()
             loss.backward()
-            lr = optimiser.param_groups[0]["lr"]
             optimiser.step()
-            schedule.step()
             teacher.update_parameters(student)
 
             values = dict(zip(("L_GEN", "L_REG"), usage.process_mean(generation, regularization)))
-            print(log.line(args.batch_size, **values, q=q, lr=lr), end="", flush=True)
+            print(log.line(args.batch_size, **values, q=q, lr=schedule.get_last_lr()[0]), end="", flush=True)
+            schedule.step()
             progress["running"] += 0.05 * (values["L_GEN"] - progress["running"])       # OURS: a memory of about 20 steps
 
     # ---- what the classifier has learnt
@@ -245,12 +242,12 @@ def main():
         print()
         whole = v2.Compose([v2.Resize(student.fitting_size((args.size, args.size)), antialias=True), usage.TO_TENSOR])
         some = slice(None, None, max(1, len(ids) // 1000))
-        scores, known = classify(student, usage.Photographs(data, ids[some], train_labels[some], whole), args, device)
-        learnt = {"class_threshold": class_threshold(scores, known),
+        scores = classify(student, usage.Photographs(data, ids[some], train_labels[some], whole), args, device)
+        learnt = {"class_threshold": class_threshold(scores, train_labels[some]),
                   "classifier": usage.fingerprint(*student.state_dict().values())}
         if val_labels is not None:
-            scores, known = classify(student, usage.Photographs(data, val_ids, val_labels, whole), args, device)
-            precision = mean_average_precision(scores, known)
+            scores = classify(student, usage.Photographs(data, val_ids, val_labels, whole), args, device)
+            precision = mean_average_precision(scores, val_labels)
             learnt["mAP"] = precision if math.isfinite(precision) else None     # JSON has no NaN
             print(f"val, {len(val_ids)} images: mAP {precision:.3f}")
         usage.write_json(args.run / "classifier.json", learnt)
@@ -318,13 +315,12 @@ def convert_coco(root):
     An id is a file name without its ending. The 80 classes stand in the order of COCO's category ids, without its gaps.
     train leaves out images without any object; a crowd is an object like others.
     """
-    keep = {"images", "annotations", "categories", "id", "name", "file_name", "image_id", "category_id"}
     print(f"{root}: reading COCO's labels, for the first time", flush=True)
     splits, labels = {}, {}
     for split in ("train", "val"):
         path = root / f"annotations/instances_{split}2014.json"
         with usage.reading(path, "not COCO's instances: fetch it again"):
-            table = json.loads(path.read_bytes(), object_hook=lambda entry: {key: entry[key] for key in keep & set(entry)})
+            table = json.loads(path.read_bytes())
             names = {image["id"]: Path(image["file_name"]).stem for image in table["images"]}
             classes = {category["id"]: category["name"] for category in sorted(table["categories"], key=lambda c: c["id"])}
             found = {name: set() for name in names.values()}

@@ -117,10 +117,10 @@ def main():
             loss = F.cross_entropy(logits, labels, ignore_index=usage.VOID, reduction="sum") / counted
             optimiser.zero_grad()
             loss.backward()
-            lr = optimiser.param_groups[0]["lr"]
             optimiser.step()
-            schedule.step()
+            lr = schedule.get_last_lr()[0]
             print(log.line(args.batch_size, loss=usage.process_mean(loss)[0], lr=lr), end="", flush=True)
+            schedule.step()
 
     # ---- prediction
     usage.wait_for_all()                                                        # for the file

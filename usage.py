@@ -346,10 +346,8 @@ def build_network(backbone, num_classes, state=None, frozen=False):
 
     backbone: one of BACKBONES; state: torchvision's state dict of it without the classifier, which is new in every case;
     frozen: BatchNorm stays as it is, the field's custom for pretrained CNNs.
-    Raises InputError for an unknown backbone and RuntimeError for a state that does not fit.
+    Raises RuntimeError for a state that does not fit.
     """
-    if backbone not in BACKBONES:
-        raise InputError(f"unknown backbone {backbone!r}: take one of {', '.join(BACKBONES)}")
     if backbone in DEITS:
         channels, heads = DEITS[backbone]
         trunk = PatchTransformer(224, STRIDE, 12, heads, channels, mlp_dim=4 * channels)
@@ -482,7 +480,7 @@ def read_classes(path):
     return names
 
 
-def image_files(folder, endings=(".jpg", ".jpeg", ".png")):
+def image_files(folder, endings=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")):
     """{id: path} of the images in a folder, at least one, hidden files left out; an id is a name without its ending."""
     images = {}
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
@@ -496,7 +494,7 @@ def image_files(folder, endings=(".jpg", ".jpeg", ".png")):
 class DataFolder:
     """Photographs, their classes and what else is known of them, in PASCAL VOC's layout.
 
-        JPEGImages/<id>.jpg (.jpeg, .png)     and train2014/, val2014/, where COCO has them
+        JPEGImages/<id>.jpg (.png, .tif, ...) and train2014/, val2014/, where COCO has them
         ImageSets/Segmentation/<split>.txt    one id per line
         labels.json                           {id: [class names]}; without it Annotations/<id>.xml
         classes.txt                           one name per line; without it VOC's 20
@@ -515,8 +513,7 @@ class DataFolder:
         self.splits = {path.stem for path in self.root.glob("ImageSets/Segmentation/*.txt")}
         self.masks, names = self.root / "SegmentationClass", self.root / "classes.txt"
         self.classes = read_classes(names) if names.is_file() else VOC_CLASSES
-        folders = [self.root / folder for folder in ("JPEGImages", "train2014", "val2014")]
-        folders = [folder for folder in folders if folder.is_dir()] or folders
+        folders = filter(Path.is_dir, (self.root / folder for folder in ("JPEGImages", "train2014", "val2014")))
         self.images = {name: path for folder in folders for name, path in image_files(folder).items()}
 
     def ids(self, split):
@@ -525,8 +522,7 @@ class DataFolder:
         ids = list(dict.fromkeys(read_lines(path, "write the ids of the split into it, one per line")))
         for name in ids:
             if name not in self.images:
-                raise InputError(f"{self.root / 'JPEGImages' / name}.jpg: no such image; add it or take {name!r} out of "
-                                 f"{path}")
+                raise InputError(f"{self.root}/JPEGImages/{name}.jpg: no such image; add it or take its id out of {path}")
         return ids
 
     def sizes(self, ids):
@@ -542,8 +538,6 @@ class DataFolder:
             with reading(f"{where}, image {name}", "list its classes in labels.json, of those in classes.txt (or VOC's)"):
                 names = table[name] if table is not None else [
                     node.findtext("name") for node in xml.etree.ElementTree.parse(where).getroot().iter("object")]
-                if not isinstance(names, list) or not index.keys() >= set(names):
-                    raise ValueError(f"{names!r} is not a list of known classes")
                 row[[index[label] for label in names]] = 1
         return labels
 
@@ -569,8 +563,7 @@ class Photographs(torch.utils.data.Dataset):
         name = self.ids[index]
         image = read_image(self.data.images[name])
         if isinstance(self.targets, Path):
-            mask = read_mask(self.targets / f"{name}.png", image.size[::-1], len(self.data.classes))
-            target = tv_tensors.Mask(mask)
+            target = read_mask(self.targets / f"{name}.png", image.size[::-1], len(self.data.classes))
         else:
             target = self.targets[index]
         with torch.random.fork_rng(devices=[]):
@@ -612,13 +605,11 @@ def read_mask(path, size, num_classes):
     if mode not in ("P", "L"):
         raise InputError(f"{path}: a mask must be a palette or grey 8-bit PNG, this one is {mode}; convert it")
     if size is not None and mask.shape != tuple(size):
-        raise InputError(f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}; they must "
-                         "have one size")
+        raise InputError(f"{path}: is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}; give them one size")
     beyond = mask[(mask > num_classes) & (mask != VOID)]
     if beyond.size:
-        raise InputError(f"{path}: value {beyond[0]}, but there are {num_classes} classes; correct the mask or the class "
-                         "list")
-    return torch.from_numpy(mask)
+        raise InputError(f"{path}: value {beyond[0]}, but there are {num_classes} classes; correct it or the classes")
+    return tv_tensors.Mask(mask)
 
 
 # ==== 5. The run folder ===============================================================================================
@@ -726,7 +717,6 @@ def process_mean(*values):
 @contextmanager
 def written(path):
     """Yield a temporary path in the same folder; at the end it becomes `path`, so that no partial file has that name."""
-    path = Path(path)
     temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -786,12 +776,11 @@ def load_checkpoint(path, remedy):
 def load_classifier(run):
     """The student of a finished stage 1, and the settings it was trained with beside what classifier.json says of it."""
     path, learnt = Path(run) / "classifier.pt", Path(run) / "classifier.json"
+    keys = "data classes split size backbone weights jitter weight_decay temperature attention".split()     # read later
     remedy = f"run train_cls.py --run {run} with your --data and --backbone first, or correct --run"
     state = load_checkpoint(path, remedy)
     with reading(path, f"not a classifier of train_cls.py: {remedy}"):
-        settings = state["settings"]
-        for key in ("data", "split", "size", "jitter", "weight_decay", "temperature", "attention"):
-            settings[key]                                       # what later stages read; another version may lack some
+        settings = {key: state["settings"][key] for key in keys}        # another version may lack some
         network = build_network(settings["backbone"], len(settings["classes"]), frozen=settings["weights"] != "none")
         network.load_state_dict(state["student"])
     remedy = "give the same train_cls.py command again, to its end"
@@ -809,8 +798,7 @@ def open_run_data(run, settings, root=None, folders=()):
     """
     data = DataFolder(root or settings["data"])
     if data.classes != settings["classes"]:
-        raise InputError(f"{data.root}: its {len(data.classes)} classes are not those of {run}; pass the --data, or the "
-                         "--run, that belong together")
+        raise InputError(f"{data.root}: its {len(data.classes)} classes are not those of {run}; correct --data or --run")
     for folder in folders:
         if folder.resolve() == data.masks.resolve():
             raise InputError(f"{folder}: is the folder of the true masks; seeds belong elsewhere, pass another folder")
@@ -864,23 +852,24 @@ class Log:
         self.total, self.done, self.first, self.calls, self.start, self.before = total, done, done, 0, time.time(), 0.0
         if RANK == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a+")
+            self.file = path.open("a+", buffering=1)                        # line by line
             try:
                 fcntl and fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.file.seek(0)
                 process = json.loads(self.file.readline() or '{"process": "just started"}')["process"]
                 fail(f"{path.parent}: another process ({process}) is at work there; wait for it, or pass another --run")
-            for left in path.parent.glob(f".partial-*-{path.stem}.*"):      # by one that was killed
-                left.unlink()
+            for pattern in (f".partial-*-{path.stem}.*", "*/.partial-*"):
+                for left in path.parent.glob(pattern):                      # by one that was killed
+                    left.unlink()
             self.file.seek(0)
+            records = [{"images": 0, "seconds": 0.0, "process": os.getpid()}]
             with reading(path, "remove it"):
-                records = [record for record in map(json.loads, self.file) if 0 < record["images"] <= done]
-                self.before = records[-1]["seconds"] if records else 0.0
+                records += [record for record in map(json.loads, self.file) if 0 < record["images"] <= done]
+                self.before = records[-1]["seconds"]
             self.file.truncate(0)
-            first = {"images": 0, "seconds": 0.0, "process": os.getpid()}
-            self.file.writelines(json.dumps(record) + "\n" for record in (first, *records))
-            self.file.flush()
+            self.file.writelines(json.dumps(record) + "\n" for record in records)
+        wait_for_all()                                                      # nobody writes before it is tidy
 
     def line(self, images, **values):
         """The line after so many more images, "" between two records; InputError for a value that is not finite."""
@@ -894,7 +883,7 @@ class Log:
         rate = (self.done - self.first) / max(seconds, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
         record = {"images": self.done, **values, "images_per_s": round(rate, 1), "seconds": round(self.before + seconds, 2)}
-        print(json.dumps(record), file=self.file, flush=True)
+        print(json.dumps(record), file=self.file)
         shown = "".join(f"{key} {value:.4g}  " for key, value in values.items())
         return f"\r{self.done} images  {shown}{rate:.1f} images/s  {int(left // 60)}:{int(left % 60):02d} left  "
 
