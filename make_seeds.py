@@ -16,7 +16,6 @@ Next: train_seg.py, or eval.py.
 """
 
 import argparse
-import contextlib
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,14 +41,19 @@ RECIPES = {
 UNCERTAIN = 0.08                    # OURS: refined maps this near to the threshold become void
 
 
+class Readable(usage.Photographs):
+    """Photographs, with None in the place of a file that cannot be read."""
+
+    def __getitem__(self, index):
+        try:
+            return super().__getitem__(index)
+        except usage.InputError:
+            return None, self.targets[index]
+
+
 def open_photographs(folder, classes):
-    """Anybody's photographs, those that can be read, with the classes of a trained run: what is needed of a DataFolder."""
-    images = {}
-    for name, path in usage.image_files(folder).items():
-        with contextlib.suppress(usage.InputError):
-            usage.read_image(path)
-            images[name] = path
-    images = images or usage.fail(f"{folder}: no photograph in it can be read; put some there, or pass another")
+    """Anybody's photographs, with the classes of a trained run, as far as they are needed of a DataFolder."""
+    images = usage.image_files(folder)
     return SimpleNamespace(root=folder, classes=classes, images=images, masks=folder / "no true masks")
 
 
@@ -127,18 +131,22 @@ def main():
                 "affinity": args.affinity, "refine": args.refine, "split": split, "data": str(data.root.resolve()),
                 "classes": data.classes, "input_files": usage.fingerprint(ids, labels, *photographs),
                 "class_threshold": args.class_threshold if predicted else None}
-    usage.check_results(folder / "seeds.json", settings, [folder / name for name in ("seeds", "pseudo_masks", "maps")])
+    results = [folder / name for name in ("seeds", "pseudo_masks", "maps")]
+    usage.check_results(folder / "seeds.json", settings, results)
     mine = range(usage.RANK, len(ids), usage.WORLD)
     todo = [k for k in mine if not all(map(usage.is_there, results_of(folder, ids[k])))]
     print(f"{data.root}: seeds of {len(ids)} images of {split}, {'predicted' if predicted else 'given'} labels, threshold "
           f"{args.threshold} (fixed), into {folder / 'seeds'}; {len(mine) - len(todo)} are there")
 
     # ---- seeds
-    log = usage.Log(folder / "seeds.jsonl", len(mine), len(mine) - len(todo))
+    log = usage.Log(folder / "seeds.jsonl", len(mine), len(mine) - len(todo), results)
     usage.write_json(folder / "seeds.json", settings)
-    images = usage.Photographs(data, [ids[k] for k in todo], labels[todo])
+    images = (Readable if args.images else usage.Photographs)(data, [ids[k] for k in todo], labels[todo])
     loader = DataLoader(images, batch_size=None, num_workers=args.workers)
     for name, (image, has) in zip(images.ids, loader):
+        if image is None:
+            print(log.line(1), end="", flush=True)
+            continue
         image, size = image[None].to(device), image.shape[-2:]                      # (1, 3, H, W)
         if predicted:
             square = network.fitting_size(2 * (trained["size"],))                   # as the class threshold was chosen
@@ -159,19 +167,21 @@ def main():
     usage.wait_for_all()
     if usage.RANK > 0:
         return
+    made = [name for name in ids if all(map(usage.is_there, results_of(folder, name)))]
     print()
     if predicted:
-        found = {name: [data.classes[c] for c in usage.load_maps(folder / f"maps/{name}.npz")[0]] for name in ids}
+        found = {name: [data.classes[c] for c in usage.load_maps(folder / f"maps/{name}.npz")[0]] for name in made}
         usage.write_json(folder / "labels.json", found)
-        print(f"{sum(map(len, found.values()))} classes found; {sum(not names for names in found.values())} of {len(ids)} "
+        print(f"{sum(map(len, found.values()))} classes found; {sum(not names for names in found.values())} of {len(made)} "
               "images have none")
     if args.images:
-        used = {path.name for path in data.images.values()}
+        used = {data.images[name].name for name in made}
         others = sorted(path.name + "/" * path.is_dir() for path in args.images.iterdir() if path.name not in used)
         if others:
             print(f"left out, as no photographs that can be read: {', '.join(others)}")
-    save_contact_sheet(folder, data, ids)
-    print(f"{folder / 'seeds.png'} shows some")
+    if made:
+        save_contact_sheet(folder, data, made)
+        print(f"{folder / 'seeds.png'} shows some")
     run = shlex.quote(str(folder))
     following = [] if predicted else [f"python train_seg.py --run {run}"]
     if not args.images and data.has_masks(ids):

@@ -1229,6 +1229,22 @@ def test_a_killed_training_ends_with_the_same_weights(script, result, finished, 
     assert one.get("running") == two.get("running") and one["epoch"] == two["epoch"] == 3
 
 
+def test_full_memory_is_no_broken_file_and_no_other_file_is_tidied(tmp_path):
+    with pytest.raises(MemoryError), usage.reading("a.json", "repair it"):
+        raise MemoryError
+    mine, others = tmp_path / "seeds/.partial-1-a.png", tmp_path / "maps/.partial-1-a.npz"
+    for path in (mine, others):
+        path.parent.mkdir()
+        path.touch()
+    usage.Log(tmp_path / "seeds.jsonl", 1, folders=[tmp_path / "seeds", tmp_path / "not there"])
+    assert not mine.exists() and others.exists()
+
+
+def test_an_unknown_backbone_is_refused():
+    with pytest.raises(usage.InputError, match="unknown backbone 'resnet34'"):      # torchvision has it, undilated
+        usage.build_network("resnet34", 5)
+
+
 def test_killed_seeds_end_as_the_same(finished, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -1472,6 +1488,9 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "two photographs of one name": ([*IMAGES, "DATA/JPEGImages"], "rename one", picture(TWIN)),
     "unknown label": (TRAIN, "unicorn", labels(lambda names: names.append("unicorn"))),
     "label that is no name": (TRAIN, "image train_0000: ", labels(lambda names: names.append(["cat"]))),
+    "a word for a list of labels": (TRAIN, "not a list", table(LABELS, lambda table: table.update(train_0000=""))),
+    "an object for a list of labels": (TRAIN, "not a list", table(LABELS, lambda table: table.update(
+        train_0000={name: False for name in table["train_0000"]}))),
     "labels of another shape": (TRAIN, "labels.json", text(LABELS, '["cat"]')),
     "image without labels": (TRAIN, "image train_0000: ", table(LABELS, lambda table: table.pop("train_0000"))),
     "broken labels": (TRAIN, "labels.json", text(LABELS, "{")),

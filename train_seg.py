@@ -129,7 +129,7 @@ def main():
     todo = [name for name in val_ids[usage.RANK::usage.WORLD] if not usage.is_there(args.run / f"segmentation/{name}.png")]
     print(f"\nlabelling {len(val_ids)} images of val")
     segmenter.eval()
-    log = usage.Log(args.run / "segmentation.jsonl", len(todo))
+    log = usage.Log(args.run / "segmentation.jsonl", len(todo), folders=[args.run / "segmentation"])
     if val_ids:
         usage.write_json(args.run / "segmentation.json", predicted_with)
     images = usage.Photographs(data, todo, torch.zeros(len(todo)))

@@ -346,8 +346,10 @@ def build_network(backbone, num_classes, state=None, frozen=False):
 
     backbone: one of BACKBONES; state: torchvision's state dict of it without the classifier, which is new in every case;
     frozen: BatchNorm stays as it is, the field's custom for pretrained CNNs.
-    Raises RuntimeError for a state that does not fit.
+    Raises InputError for an unknown backbone and RuntimeError for a state that does not fit.
     """
+    if backbone not in BACKBONES:
+        raise InputError(f"unknown backbone {backbone!r}: take one of {', '.join(BACKBONES)}")
     if backbone in DEITS:
         channels, heads = DEITS[backbone]
         trunk = PatchTransformer(224, STRIDE, 12, heads, channels, mlp_dim=4 * channels)
@@ -447,7 +449,7 @@ def reading(path, remedy):
     """Whatever fails inside becomes an InputError: the path, the reason in short, and the remedy."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:                                  # PIL, torch and json raise dozens of kinds on broken files
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
@@ -513,7 +515,8 @@ class DataFolder:
         self.splits = {path.stem for path in self.root.glob("ImageSets/Segmentation/*.txt")}
         self.masks, names = self.root / "SegmentationClass", self.root / "classes.txt"
         self.classes = read_classes(names) if names.is_file() else VOC_CLASSES
-        folders = filter(Path.is_dir, (self.root / folder for folder in ("JPEGImages", "train2014", "val2014")))
+        folders = [self.root / folder for folder in ("JPEGImages", "train2014", "val2014")]
+        folders = [folder for folder in folders if folder.is_dir()] or folders[:1]
         self.images = {name: path for folder in folders for name, path in image_files(folder).items()}
 
     def ids(self, split):
@@ -538,6 +541,8 @@ class DataFolder:
             with reading(f"{where}, image {name}", "list its classes in labels.json, of those in classes.txt (or VOC's)"):
                 names = table[name] if table is not None else [
                     node.findtext("name") for node in xml.etree.ElementTree.parse(where).getroot().iter("object")]
+                if not isinstance(names, list) or not index.keys() >= set(names):
+                    raise ValueError(f"{names!r} is not a list of known classes")
                 row[[index[label] for label in names]] = 1
         return labels
 
@@ -717,6 +722,7 @@ def process_mean(*values):
 @contextmanager
 def written(path):
     """Yield a temporary path in the same folder; at the end it becomes `path`, so that no partial file has that name."""
+    path = Path(path)
     temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -847,8 +853,11 @@ class Log:
     The first record, of 0 images, names the process, which keeps others from writing there until it ends: InputError.
     """
 
-    def __init__(self, path, total, done=0):
-        """total and done: images in all, and those that an interrupted run left; its later records are dropped."""
+    def __init__(self, path, total, done=0, folders=()):
+        """total and done: images in all, and those that an interrupted run left; its later records are dropped.
+
+        folders: of the results, beside the log's; what a killed process left half written there is removed.
+        """
         self.total, self.done, self.first, self.calls, self.start, self.before = total, done, done, 0, time.time(), 0.0
         if RANK == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -859,8 +868,8 @@ class Log:
                 self.file.seek(0)
                 process = json.loads(self.file.readline() or '{"process": "just started"}')["process"]
                 fail(f"{path.parent}: another process ({process}) is at work there; wait for it, or pass another --run")
-            for pattern in (f".partial-*-{path.stem}.*", "*/.partial-*"):
-                for left in path.parent.glob(pattern):                      # by one that was killed
+            for folder, name in ((path.parent, f"{path.stem}.*"), *((folder, "*") for folder in folders)):
+                for left in folder.glob(f".partial-*-{name}"):
                     left.unlink()
             self.file.seek(0)
             records = [{"images": 0, "seconds": 0.0, "process": os.getpid()}]
