@@ -30,13 +30,14 @@ import usage
 
 # The defaults, per kind of network and of initial weights, all OURS. Scale 1 is the photograph with its longer side at the
 # size of training. CNNs, whose training crops enlarge the photograph, gain from finer maps (IRN has 0.5 to 2), Transformers
-# stay near the grid that their position embedding knows. The threshold is a round number in the middle; eval.py --sweep
-# tells others. Patch affinity wants attention that knows objects: trained from scratch on the toy, it floods the scene.
+# stay near the grid that their position embedding knows. The threshold is a round number in the middle, a higher one where
+# patch affinity lifts the ground too, see EVIDENCE.md; eval.py --sweep tells others. Patch affinity wants attention that
+# knows objects: trained from scratch on the toy, it floods the scene.
 RECIPES = {
     ("cnn", "scratch"): dict(scales=[1.0, 1.5, 2.0], threshold=0.4, affinity=False),
     ("transformer", "scratch"): dict(scales=[0.75, 1.0, 1.25], threshold=0.4, affinity=False),
     ("cnn", "pretrained"): dict(scales=[1.0, 1.5, 2.0], threshold=0.4, affinity=False),
-    ("transformer", "pretrained"): dict(scales=[0.75, 1.0, 1.25], threshold=0.4, affinity=True),
+    ("transformer", "pretrained"): dict(scales=[0.75, 1.0, 1.25], threshold=0.5, affinity=True),
 }
 UNCERTAIN = 0.08                    # OURS: refined maps this near to the threshold become void
 
@@ -91,7 +92,7 @@ def main():
     add("--class-threshold", type=number(0, 1),
         help="a class of this probability is predicted (default: the one that gives the training images as many classes as "
              "they have)")
-    add("--threshold", type=number(0, 1), help="a pixel above it is foreground (default 0.4)")
+    add("--threshold", type=number(0, 1), help="a pixel above it is foreground (default 0.4; pretrained Transformers 0.5)")
     add("--scales", type=number(0.05, 8), nargs="+", help="default: 1 1.5 2 for CNNs, 0.75 1 1.25 for Transformers")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image (default yes)")
     add("--affinity", action=argparse.BooleanOptionalAction,

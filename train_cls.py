@@ -46,8 +46,8 @@ RECIPES = {
         temperature=30.0, reg_weight=1.0, reg_temperature=2.0, teacher_temperature=0.4, max_rate=0.5,
         size=225, jitter=0.3, epochs=4, reg_epochs=4, batch_size=16, lr=1e-4, weight_decay=0.05),
     ("transformer", "pretrained"): dict(
-        temperature=6.0, reg_weight=1.0, reg_temperature=2.0, teacher_temperature=0.4, max_rate=0.5,
-        size=224, jitter=0.3, epochs=5, reg_epochs=6, batch_size=16, lr=1e-4, weight_decay=0.05),
+        temperature=6.0, reg_weight=0.3, reg_temperature=2.0, teacher_temperature=0.4, max_rate=0.5,
+        size=224, jitter=0.3, epochs=5, reg_epochs=10, batch_size=16, lr=1e-4, weight_decay=0.05),
 }
 OBJECTIVE = ("temperature", "attention", "reg_weight", "reg_temperature", "teacher_temperature", "max_rate", "weak_ratio",
              "adaptive", "views", "teacher_decay", "seed")      # in a run folder's name, where not the default
