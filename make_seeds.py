@@ -30,9 +30,9 @@ import usage
 
 # The defaults, per kind of network and of initial weights, all OURS. Scale 1 is the photograph with its longer side at the
 # size of training. CNNs, whose training crops enlarge the photograph, gain from finer maps (IRN has 0.5 to 2), Transformers
-# stay near the grid that their position embedding knows. The threshold is a round number in the middle, a higher one where
-# patch affinity lifts the ground too, see EVIDENCE.md; eval.py --sweep tells others. Patch affinity wants attention that
-# knows objects: trained from scratch on the toy, it floods the scene.
+# stay near the grid that their position embedding knows. The threshold is a round number in the middle, and one
+# chosen on every second VOC photograph for pretrained Transformers (EVIDENCE.md); eval.py --sweep tells others. Patch
+# affinity wants attention that knows objects: trained from scratch on the toy, it floods the scene.
 RECIPES = {
     ("cnn", "scratch"): dict(scales=[1.0, 1.5, 2.0], threshold=0.4, affinity=False),
     ("transformer", "scratch"): dict(scales=[0.75, 1.0, 1.25], threshold=0.4, affinity=False),
