@@ -314,12 +314,13 @@ def convert_coco(root):
     An id is a file name without its ending. The 80 classes stand in the order of COCO's category ids, without its gaps.
     train leaves out images without any object; a crowd is an object like others.
     """
+    keep = {"images", "annotations", "categories", "id", "name", "file_name", "image_id", "category_id"}     # no outlines
     print(f"{root}: reading COCO's labels, for the first time", flush=True)
     splits, labels = {}, {}
     for split in ("train", "val"):
         path = root / f"annotations/instances_{split}2014.json"
         with usage.reading(path, "not COCO's instances: fetch it again"):
-            table = json.loads(path.read_bytes())
+            table = json.loads(path.read_bytes(), object_hook=lambda entry: {key: entry[key] for key in keep & set(entry)})
             names = {image["id"]: Path(image["file_name"]).stem for image in table["images"]}
             classes = {category["id"]: category["name"] for category in sorted(table["categories"], key=lambda c: c["id"])}
             found = {name: set() for name in names.values()}

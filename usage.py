@@ -782,11 +782,11 @@ def load_checkpoint(path, remedy):
 def load_classifier(run):
     """The student of a finished stage 1, and the settings it was trained with beside what classifier.json says of it."""
     path, learnt = Path(run) / "classifier.pt", Path(run) / "classifier.json"
-    keys = "data classes split size backbone weights jitter weight_decay temperature attention".split()     # read later
+    keys = "data classes split size backbone weights jitter weight_decay temperature attention".split()
     remedy = f"run train_cls.py --run {run} with your --data and --backbone first, or correct --run"
     state = load_checkpoint(path, remedy)
     with reading(path, f"not a classifier of train_cls.py: {remedy}"):
-        settings = {key: state["settings"][key] for key in keys}        # another version may lack some
+        settings = {key: state["settings"][key] for key in keys}        # what later stages read
         network = build_network(settings["backbone"], len(settings["classes"]), frozen=settings["weights"] != "none")
         network.load_state_dict(state["student"])
     remedy = "give the same train_cls.py command again, to its end"
