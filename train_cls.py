@@ -36,7 +36,7 @@ import usage
 # would flatten the maps before they are any good. `jitter` is of colours: none on the toy, where they hint at the class.
 RECIPES = {
     ("cnn", "scratch"): dict(
-        temperature=math.inf, reg_weight=1.0, reg_temperature=1.0, teacher_temperature=0.85, max_rate=0.5,
+        temperature=math.inf, reg_weight=0.1, reg_temperature=1.0, teacher_temperature=0.85, max_rate=0.5,
         size=81, jitter=0.0, epochs=4, reg_epochs=3, batch_size=16, lr=1e-3, weight_decay=0.05),
     ("transformer", "scratch"): dict(
         temperature=3.0, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=1.0, max_rate=0.5,
