@@ -77,8 +77,8 @@ def parse_arguments():
     add("--teacher-decay", type=number(0, 1), default=0.99, help="of the moving average, per step (default 0.99)")
     add("--size", type=number(16, 10**4, int), help="side of the training crops; best 16k+1 for CNNs, 16k for Transformers")
     add("--jitter", type=number(0, 1), help="of brightness, contrast and saturation, in training")
-    add("--epochs", type=number(0, 10**6, int), help="first, L_GEN alone")
-    add("--reg-epochs", type=number(0, 10**6, int), help="then, L_GEN + lambda * L_REG, at half the learning rate")
+    add("--epochs", type=number(0, 10**6, int), help="of the first cycle: L_GEN alone")
+    add("--reg-epochs", type=number(0, 10**6, int), help="of the second: L_GEN + lambda * q * L_REG, at half the peak rate")
     add("--batch-size", type=number(2, 10**6, int), help="over all processes; halve it when memory runs out")
     add("--lr", type=number(0, 1e6), help="peak of the first cycle; the classifier on a pretrained trunk gets 10 x")
     add("--weight-decay", type=number(0, 1e6))
@@ -105,7 +105,8 @@ def parse_arguments():
 def teacher_activations(teacher, images, views, size):
     """s', the teacher's view: of an adjusted network; or, to compare with, of an image mirrored and at 3/4 of its size.
 
-    images (B, 3, H, W), size (h, w) of the student's map -> (B, C, h, w), without gradient, put back in place.
+    images (B, 3, H, W), size (h, w) of the student's map -> (B, C, h, w), without gradient, each position where the
+    student's is.
     """
     if views == "adjusted":
         return teacher(images)
@@ -215,23 +216,23 @@ def main():
             usage.set_adjustment(student, max_rate * q)                                         # strong
             usage.set_adjustment(teacher.module, args.weak_ratio * max_rate * q)                # weak
 
-            s, alpha = usage.activate(ddp, images, args.temperature, args.attention)            # (B, C, h, w)
-            generation = usage.generation_loss(s, alpha, labels)                                # L_GEN
-            regularization = torch.zeros_like(generation)
+            s, alpha = usage.activate(ddp, images, args.temperature, args.attention)            # s (B, C, h, w)
+            l_gen = usage.generation_loss(s, alpha, labels)
+            l_reg = torch.zeros_like(l_gen)
             if regularized:
                 s_teacher = teacher_activations(teacher.module, images, args.views, s.shape[2:])     # s' (B, C, h, w)
                 unit = usage.activation_unit(s_teacher)                                         # u  (B, C, 1, 1)
                 log_alpha = usage.spatial_activation_distribution(s / unit, args.reg_temperature, log=True)
                 teacher_alpha = usage.spatial_activation_distribution(s_teacher / unit, args.teacher_temperature)
-                regularization = usage.consistency_loss(log_alpha, teacher_alpha, labels)       # L_REG
-            loss = generation + args.reg_weight * q * regularization    # OURS: times q, lest an untrained teacher teach
+                l_reg = usage.consistency_loss(log_alpha, teacher_alpha, labels)
+            loss = l_gen + args.reg_weight * q * l_reg          # OURS: times q, lest an untrained teacher teach
 
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             teacher.update_parameters(student)
 
-            values = dict(zip(("L_GEN", "L_REG"), usage.process_mean(generation, regularization)))
+            values = dict(zip(("L_GEN", "L_REG"), usage.process_mean(l_gen, l_reg)))
             print(log.line(args.batch_size, **values, q=q, lr=schedule.get_last_lr()[0]), end="", flush=True)
             schedule.step()
             progress["running"] += 0.05 * (values["L_GEN"] - progress["running"])       # OURS: a memory of about 20 steps
@@ -349,11 +350,11 @@ TOY_CLASSES = {  # hue of head and body, hue of the glow, ink on the head (u, v 
 
 
 def draw_toy(root, train=800, val=200, side=128):
-    """Write the critters once: scenes in which classifiers find the wrong seeds, for the reasons that the paper names.
+    """Write the critters once: scenes that tempt classifiers into what the paper reports of their seeds.
 
-    A critter's small patterned head gives its class away; its long body has the class's hue in most critters only (a
-    CNN's seed covers the head and little more). Most lie in a soft glow of the class's, which is not part of them (a
-    Transformer's seed spreads over the ground). Pebbles come in all hues.
+    A critter's small patterned head gives its class away; its long body has the class's hue in most critters only, so
+    that a CNN may be content with the head. Most lie in a soft glow of the class's, which is not part of them and over
+    which a Transformer's seed spreads. Pebbles come in all hues. What networks make of it is in EVIDENCE.md.
     The same pictures on every machine, up to the JPEG library. Returns root; writes nothing if its labels are there.
     """
     if (root / "labels.json").is_file():

@@ -1,8 +1,8 @@
 """USAGE in plain PyTorch: seed areas for weakly supervised semantic segmentation.
 
 Peng et al., "USAGE: A Unified Seed Area Generation Paradigm for Weakly Supervised Semantic Segmentation", ICCV 2023
-(arXiv 2303.07806). "Source: Sec. 4.x" and `# PAPER` name what the paper fixes, `OURS` what it leaves open to us, and why
-we chose so.
+(arXiv 2303.07806). "Source: Sec. 4.x" and `PAPER` mark what we know of the paper (its abstract, its overview figure and a
+digest of it), `OURS` what these do not tell, though the paper may, and why we chose so.
 
     1. The paper         Sec. 4.1  spatial_activation_distribution (alpha), class_scores (s~), generation_loss (L_GEN)
                          Sec. 4.2  activation_unit (u), consistency_loss (L_REG), chance_loss, learning_status (q),
@@ -118,8 +118,8 @@ def consistency_loss(student_log_alpha, teacher_alpha, labels):
 
     with s the student's activations, s' the teacher's, u the `activation_unit`: KL(teacher || student).
     OURS: KL, the usual distance of distributions; what we know of the paper names none. A tau2' below tau2 makes the target
-    sharper than an equal student: L_REG then also raises the contrast of s, and keeps student and teacher from pulling each
-    other towards flat maps.
+    sharper than a student of the same activations: L_REG then also raises the contrast of s, and keeps student and teacher
+    from pulling each other towards flat maps.
 
     student_log_alpha (B, C, h, w), log-probabilities, so that the gradient lives where the student's alpha underflows;
     teacher_alpha (B, C, h, w), probabilities, zeros allowed; labels (B, C) in {0, 1} -> scalar >= 0, float32.
@@ -160,7 +160,7 @@ def set_adjustment(network, rate):
     Call it with rate = max_rate * q for the student and rate = weak_ratio * max_rate * q for the teacher.
 
     Sets `p` of every StochasticDepth (torchvision's drop-path, which drops a branch for single images; found by its name)
-    to `rate * l / L` for the l-th of L in module order, and `p` of `network.dropout` to `rate`. Both act in training mode
+    to `rate * k / n` for the k-th of n in module order, and `p` of `network.dropout` to `rate`. Both act in training mode
     only; at rate 0 the network is exactly the plain one. rate in [0, 1], ValueError outside of it. Source: Sec. 4.2; OURS:
     linear in q, the simplest rule that is 0 at the start; branches and features, where the paper's figure shows parts of
     layers dropped.
@@ -168,8 +168,8 @@ def set_adjustment(network, rate):
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate}")
     branches = [module for module in network.modules() if type(module).__name__ == "StochasticDepth"]
-    for l, branch in enumerate(branches, start=1):
-        branch.p = rate * l / len(branches)                     # PAPER: grows with depth; OURS: linearly, the usual way
+    for k, branch in enumerate(branches, start=1):
+        branch.p = rate * k / len(branches)                     # PAPER: grows with depth; OURS: linearly, the usual way
     network.dropout.p = rate
 
 
@@ -192,13 +192,13 @@ def ema_teacher(student, decay):
 def seed_maps(activations, size):
     """From activations at several scales and flips to one map for each class, of the image's size.
 
-        seed[c] = m[c] / max_i m[c,i],   m = sum over scales and flips of ReLU(s), enlarged bilinearly
+        seed[c] = m[c] / max over pixels of m[c],   m = sum over scales and flips of ReLU(s), enlarged bilinearly
 
     activations: a list of (B, K, h_k, w_k), of the present classes, flips already mirrored back; size (H, W) ->
     (B, K, H, W) in [0, 1], float32; 0 where a class is positive nowhere.
-    Source: IRN (Ahn et al., CVPR 2019), MCTformer (Xu et al., CVPR 2022). Like theirs, the maps of a CNN are enlarged with
-    align_corners=False, although their outermost positions lie on the image's edge: it moves everything towards the middle,
-    to n / (n + 1) of its distance at a side of 16n + 1. IRN enlarges to the next multiple of 16 and cuts; we to the size.
+    Source: IRN (Ahn et al., CVPR 2019), MCTformer (Xu et al., CVPR 2022), like whom we enlarge with align_corners=False. The
+    outermost positions of a CNN's map lie on the image's edge, at a side of 16n + 1, so that this moves everything towards
+    the middle, to (16n + 1) / (16n + 16) of its distance. IRN enlarges to the next multiple of 16 and cuts; we to the size.
     """
     total = sum(F.interpolate(s.float().relu(), size, mode="bilinear", align_corners=False) for s in activations)
     return total / total.amax((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -529,7 +529,7 @@ class DataFolder:
         return ids
 
     def sizes(self, ids):
-        """Of the image files, in bytes: another photograph has another size."""
+        """Of the image files, in bytes: what tells cheaply that a photograph is another one."""
         return [self.images[name].stat().st_size for name in ids]
 
     def labels(self, ids):
