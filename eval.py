@@ -130,7 +130,7 @@ def measure_seeds(run, data, ids, settings, facts, with_sweep):
     """
     counts, threshold = {"seeds": 0, "pseudo masks": 0}, settings["threshold"]
     for name in progress(ids):
-        classes, *both = usage.load_maps(run / f"maps/{name}.npz")
+        classes, *both = usage.load_maps(run / f"maps/{name}.npz", len(data.classes))
         truth = usage.read_mask(data.masks / f"{name}.png", both[0].shape[1:], len(data.classes))
         for what, maps in zip(counts, both):
             labels = usage.label_map(maps[None], 0, classes)[0]                         # (H, W), 0 where all maps are 0
@@ -196,8 +196,8 @@ def draw_coco_masks(data, split):
         drawn = data.masks / f"{Path(image['file_name']).stem}.png"
         if usage.is_there(drawn):
             continue
-        mask = np.zeros((image["height"], image["width"]), np.uint8)
         with usage.reading(path, f"an outline of {image['file_name']} cannot be drawn: fetch it again"):
+            mask = np.zeros((image["height"], image["width"]), np.uint8)
             for entry in objects[image["id"]]:
                 mask[draw_outline(entry["segmentation"], *mask.shape)] = (
                     usage.VOID if entry["iscrowd"] else labels[entry["category_id"]])

@@ -171,7 +171,8 @@ def main():
     made = [name for name in ids if all(map(usage.is_there, results_of(folder, name)))]
     print()
     if predicted:
-        found = {name: [data.classes[c] for c in usage.load_maps(folder / f"maps/{name}.npz")[0]] for name in made}
+        found = {name: [data.classes[c] for c in usage.load_maps(folder / f"maps/{name}.npz", len(data.classes))[0]]
+                 for name in made}
         usage.write_json(folder / "labels.json", found)
         print(f"{sum(map(len, found.values()))} classes found; {sum(not names for names in found.values())} of {len(made)} "
               "images have none")
@@ -210,7 +211,7 @@ def save_contact_sheet(folder, data, ids, width=180, height=120):
         pen.text((column * (width + 4) + 3, 3), heading, "black", font)
     for line, name in enumerate(ids):
         photo = np.asarray(usage.read_image(data.images[name]), dtype=np.float32)       # (H, W, 3)
-        classes, levels, _ = usage.load_maps(folder / f"maps/{name}.npz")
+        classes, levels, _ = usage.load_maps(folder / f"maps/{name}.npz", len(data.classes))
         tiles = [(photo, []), (0.35 * photo, [("no class", "black")])]                  # pixels, and (text, colour) on them
         if len(classes):
             strongest = levels.sum((1, 2)).argmax()

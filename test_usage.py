@@ -930,6 +930,12 @@ def test_nobody_reads_on(flush):
     assert process.stderr.read() == b"" and process.wait() != 2
 
 
+def test_nobody_listens():
+    code = "import usage\nwith usage.one_line_errors(''):\n    print('a line')"
+    process = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code], cwd=HERE, capture_output=True)
+    assert (process.returncode, process.stderr) == (0, b"")
+
+
 # ---- The four stages -------------------------------------------------------------------------------------------------
 
 TORCHRUN = ["-m", "torch.distributed.run", "--master-port", 29531, "--nproc-per-node", 2, "--"]
@@ -1043,11 +1049,12 @@ def test_four_stages_on_coco(toy, tmp_path):
 def test_photographs_without_labels(finished, tmp_path, monkeypatch, capsys):
     photos, run = tmp_path / "holiday", copy_of(finished[0], tmp_path)
     photos.mkdir()
+    tiny = "tiny" + 245 * "y"                                   # as long as a name can be
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (60, 30)).save(photos / "turned cat.jpg", exif=turned)
     Image.new("CMYK", (20, 50)).save(photos / "print.TIFF")
-    Image.new("LA", (3, 2)).save(photos / "tiny.png")
+    Image.new("LA", (3, 2)).save(photos / f"{tiny}.png")
     others = ["._a.jpg", "IMG_1.HEIC", "broken.jpg", "notes.txt"]
     for name in others:
         (photos / name).write_bytes(b"no image")
@@ -1062,15 +1069,15 @@ def test_photographs_without_labels(finished, tmp_path, monkeypatch, capsys):
         assert all(name in output.split("left out")[1] for name in (*others, "more/")) and "next:" not in output
         assert f"{expected * 3} classes found; {3 * (not expected)} of 3 images have none" in output
         labels = json.loads((run / "images-holiday/labels.json").read_text())
-        assert {name: len(labels[name]) for name in labels} == dict.fromkeys(("print", "tiny", "turned cat"), expected)
-        for name, size in (("turned cat", (30, 60)), ("print", (20, 50)), ("tiny", (3, 2))):
+        assert {name: len(labels[name]) for name in labels} == dict.fromkeys(("print", tiny, "turned cat"), expected)
+        for name, size in (("turned cat", (30, 60)), ("print", (20, 50)), (tiny, (3, 2))):
             assert Image.open(run / f"images-holiday/pseudo_masks/{name}.png").size == size
         assert Image.open(run / "images-holiday/seeds.png").size[0] == 4 * 184         # no column for the truth
     again = stage(*command, "--images", "../" + tmp_path.name + "/holiday", "--class-threshold", 1)
     assert "3 are there" in again
     other = tmp_path / "other/holiday"
     shutil.copytree(photos, other, symlinks=True)
-    Image.new("LA", (3, 2), 255).save(other / "tiny.png")       # of the same size in bytes, or nearly so
+    Image.new("LA", (3, 2), 255).save(other / f"{tiny}.png")       # of the same size in bytes, or nearly so
     before = digest(run)
     with pytest.raises(SystemExit):
         stage(*command, "--images", other, "--class-threshold", 1)
@@ -1301,7 +1308,7 @@ def test_two_processes(finished, toy, tmp_path):
         assert torchrun(*command) == (0, mock.ANY)
     assert len(list((run / "segmentation").glob("*.png"))) == 4
     for name in usage.DataFolder(toy).ids("train"):             # threads and rounding differ
-        one, two = (usage.load_maps(folder / f"maps/{name}.npz")[1].int() for folder in (finished[0], run))
+        one, two = (usage.load_maps(folder / f"maps/{name}.npz", 5)[1].int() for folder in (finished[0], run))
         assert (one - two).abs().float().mean() < 2
     for path in (run / "seeds.json", *sorted(run.glob("seeds/*.png"))[:4]):
         path.unlink()
@@ -1342,6 +1349,7 @@ def test_weights_are_known_by_their_content(toy, tmp_path, capsys):
     stage(*command)
     before = digest(tmp_path / "run")
     stage(*command)
+    stage(*command, "--weights", shutil.copy(weights, tmp_path / "moved.pth"))
     assert digest(tmp_path / "run") == before
     torch.save(torchvision.models.mobilenet_v2().state_dict(), weights)
     with pytest.raises(SystemExit):
@@ -1434,6 +1442,17 @@ def picture(name, side=48, mode="L", value=0):
 
 def arrays(**contents):
     return lambda path: np.savez(path / MAPS, **contents)
+
+
+def damaged(name):
+    """Some bytes in the middle are others."""
+    def spoil(path):
+        content = bytearray((path / name).read_bytes())
+        middle = len(content) // 2
+        content[middle:middle + 100] = bytes(byte ^ 64 for byte in content[middle:middle + 100])
+        (path / name).unlink()
+        (path / name).write_bytes(content)
+    return spoil
 
 
 def checkpoint(**state):
@@ -1541,6 +1560,8 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "seed of another size": (SEG, "train_0000.png", lambda path: (
         picture(PSEUDO, 20)(path), gone("run/segmenter.pt", "run/segmentation.json", "run/segmentation")(path))),
     "lost pseudo mask": (SEG, "run make_seeds.py", text(PSEUDO, "")),
+    "half a segmentation": (EVAL, "remove it and run its stage again", cut("run/segmentation/val_0000.png")),
+    "a line's end in a name": (["make_seeds.py", "--run", "two\nlines"], "two lines", None),
     "segmentation without classifier": (SEG, "run train_cls.py", gone(CLASSIFIER)),
     "segmentation without seeds": (SEG, "run make_seeds.py", gone("run/pseudo_masks")),
     "mistyped run": (["make_seeds.py", "--run", "NEW"], "your --data and --backbone first, or correct --run", None),
@@ -1548,6 +1569,10 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "evaluation without maps": ([*EVAL, "--sweep"], "maps/train_0000.npz", gone(MAPS)),
     "maps that lost half": (EVAL, "train_0000.npz", arrays(classes=np.arange(1), maps=np.zeros((1, 48, 48), "u1"))),
     "maps of another shape": (EVAL, "train_0000.npz", arrays(classes=np.arange(3), maps=np.zeros((1, 48, 48), "u1"))),
+    "maps of unknown classes": (EVAL, "train_0000.npz: classes that there are not", arrays(
+        classes=np.array([77]), maps=np.zeros((1, 48, 48), "u1"), refined=np.zeros((1, 48, 48), "u1"))),
+    "maps of one dimension": (EVAL, "train_0000.npz: arrays of another shape", arrays(
+        classes=np.arange(1), maps=np.zeros(1, "u1"), refined=np.zeros(1, "u1"))),
     "maps of something else": (EVAL, "maps/train_0000.npz", arrays(x=3)),
     "folder without photographs": ([*IMAGES, "DATA/SegmentationClass/.."], "or no .jpg or .jpeg or .png", None),
     "no folder of photographs": ([*IMAGES, "nowhere"], "nowhere: no such folder", None),
@@ -1555,6 +1580,8 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "COCO of something else": ([*TRAIN, "--data", "DATA/coco"], "not COCO's instances", coco_of_something_else),
     "no checkpoint": (SEEDS, "classifier.pt", text(CLASSIFIER, "text")),
     "checkpoint of another version": (SEEDS, "classifier.pt: 'jitter'", without_a_setting),
+    "damaged checkpoint, training": (GO_ON, "classifier.pt: is damaged", damaged(CLASSIFIER)),
+    "damaged checkpoint, segmentation": (SEG, "segmenter.pt: is damaged", damaged("run/segmenter.pt")),
     "checkpoint of something else": (SEG, "classifier.pt", checkpoint(weights=torch.zeros(3))),
     "checkpoint of something else, training": (GO_ON, "classifier.pt", checkpoint(settings=[1])),
     "checkpoint of other classes": (SEEDS, "its 2 classes are not", text(CLASSES, "cat\ndog\n")),

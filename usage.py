@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import xml.etree.ElementTree
+import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -605,7 +606,7 @@ def read_mask(path, size, num_classes):
     size: the (H, W) that it must have, None for any. InputError if it is missing, unreadable, in colour, of another
     size, or has a value above num_classes.
     """
-    with reading(path, "no readable mask: add it or take its id out of the list"), Image.open(path) as image:
+    with reading(path, "no readable mask: add it, or remove it and run its stage again"), Image.open(path) as image:
         mode, mask = image.mode, np.array(image)
     if mode not in ("P", "L"):
         raise InputError(f"{path}: a mask must be a palette or grey 8-bit PNG, this one is {mode}; convert it")
@@ -643,12 +644,12 @@ def one_line_errors(how_to_go_on):
         sys.stdout.reconfigure(errors="backslashreplace")       # names that the terminal cannot show
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
         if torch.distributed.is_initialized():                  # its threads must end before Python does
             torch.distributed.destroy_process_group()
         return
     except InputError as error:             # out of a loader's worker it comes with a traceback around its message
-        message = str(error).strip().splitlines()[-1].removeprefix("usage.InputError: ")
+        message = " ".join(str(error).rpartition("usage.InputError: ")[2].split())
     except BrokenPipeError:                 # nobody reads on, as under "| head"
         os._exit(141)
     except OSError as error:
@@ -723,7 +724,7 @@ def process_mean(*values):
 def written(path):
     """Yield a temporary path in the same folder; at the end it becomes `path`, so that no partial file has that name."""
     path = Path(path)
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".partial-{os.getpid()}-{path.name[-40:]}")           # a name has 255 bytes at most
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -749,8 +750,8 @@ def fingerprint(*contents):
 
 
 def check_settings(path, before, settings, remedy):
-    """InputError if results at `path` were made with other settings; "data", where the data lies, may change."""
-    changed = [key for key in settings if key != "data" and before.get(key) != settings[key]]
+    """InputError if results at `path` were made with other settings; where data and weights lie may change."""
+    changed = [key for key in settings if key not in ("data", "weights") and before.get(key) != settings[key]]
     if changed:
         raise InputError(f"{path}: made with another {', '.join(changed)}; {remedy}")
 
@@ -775,6 +776,8 @@ def write_json(path, table):
 def load_checkpoint(path, remedy):
     """A dict that torch.save wrote, tensors on the CPU, nothing in it executed."""
     with reading(path, remedy):
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()      # torch.load would not notice
+        assert not damaged, "is damaged"
         state = torch.load(path, map_location="cpu", weights_only=True)
     return state if isinstance(state, dict) else fail(f"{path}: not a checkpoint but a {type(state).__name__}; {remedy}")
 
@@ -905,11 +908,12 @@ def save_mask(path, mask):
         image.save(temporary)
 
 
-def load_maps(path):
+def load_maps(path, num_classes):
     """One image's classes (K,), its seed maps (K, H, W) uint8, and the same refined."""
     with reading(path, "not seed maps of make_seeds.py: remove it and run make_seeds.py again"):
         with np.load(path) as file:
             classes, *maps = (torch.from_numpy(file[key]) for key in ("classes", "maps", "refined"))
-        assert all(levels.dtype == torch.uint8 and levels.shape == maps[0].shape and len(levels) == len(classes)
-                   for levels in maps), "arrays of another shape"
+        shape = len(classes), *maps[0].shape[-2:]
+        assert all(levels.dtype == torch.uint8 and levels.shape == shape for levels in maps), "arrays of another shape"
+        assert all(c in range(num_classes) for c in classes.tolist()), "classes that there are not"
     return classes, *maps
