@@ -530,7 +530,7 @@ class DataFolder:
         return ids
 
     def sizes(self, ids):
-        """Of the image files, in bytes: what tells cheaply that a photograph is another one."""
+        """Of the image files, in bytes: a cheap sign that a photograph was replaced."""
         return [self.images[name].stat().st_size for name in ids]
 
     def labels(self, ids):
@@ -644,7 +644,7 @@ def one_line_errors(how_to_go_on):
         sys.stdout.reconfigure(errors="backslashreplace")       # names that the terminal cannot show
     try:
         yield
-        print(end="", flush=True)
+        print(end="", flush=True)                               # also where stdout is closed
         if torch.distributed.is_initialized():                  # its threads must end before Python does
             torch.distributed.destroy_process_group()
         return
