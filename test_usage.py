@@ -954,8 +954,8 @@ def stage(script, *arguments):
 
 
 def torchrun(script, *arguments):
-    """Run a stage as two processes: (exit code, errors)."""
-    command = [sys.executable, *TORCHRUN, HERE / script, *arguments]
+    """Run a stage as two processes, on the CPU, as there may be one card: (exit code, errors)."""
+    command = [sys.executable, *TORCHRUN, HERE / script, "--device", "cpu", *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=HERE)
     return done.returncode, done.stderr
 
@@ -1217,6 +1217,7 @@ def kill_when_there(path, *arguments):
 
 @pytest.mark.parametrize("script, result", [("train_cls.py", "classifier.pt"), ("train_seg.py", "segmenter.pt")])
 def test_a_killed_training_ends_with_the_same_weights(script, result, finished, toy, tmp_path):
+    """On the CPU: CUDA adds up the gradients of an enlarged map in any order."""
     states = []
     for name in ("whole", "killed"):
         run = tmp_path / name
@@ -1225,6 +1226,7 @@ def test_a_killed_training_ends_with_the_same_weights(script, result, finished, 
         else:
             copy_of(finished[0], tmp_path, name, ["segment*"])
             command = [*SEGMENT, "--run", run, "--epochs", 3]
+        command += ["--device", "cpu"]
         if name == "killed":
             kill_when_there(run / result, *command)
             assert usage.load_checkpoint(run / result, "")["progress"]["epoch"] < 3
@@ -1333,7 +1335,7 @@ def test_two_processes_give_the_losses_of_one(backbone, toy, tmp_path):
                "--max-rate", 0, "--no-adaptive", "--lr", 1e-4, "--reg-temperature", 0.2, "--teacher-temperature", 0.1,
                "--run"]
     with mock.patch.object(usage, "fast_autocast", lambda device: contextlib.nullcontext()):
-        stage("train_cls.py", *command, tmp_path / "one")
+        stage("train_cls.py", *command, tmp_path / "one", "--device", "cpu")
     assert torchrun(script, *command, tmp_path / "two") == (0, mock.ANY)
     logs = ((tmp_path / run / "classifier.jsonl").read_text().splitlines() for run in ("one", "two"))
     one, two = ([[json.loads(line)[key] for key in ("L_GEN", "L_REG")] for line in log[1:]] for log in logs)
@@ -1659,6 +1661,16 @@ def test_without_torchrun_there_is_one_process():
     assert subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True).stdout == "0 1 cpu\n"
 
 
+def test_a_cuda_device_has_a_number(monkeypatch):
+    """set_device takes no other; here without CUDA, by torch's own check."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.ones(*size))
+    monkeypatch.setattr(torch.cuda, "set_device", torch.cuda._utils._get_device_index)
+    for device in ("auto", "cuda"):
+        assert usage.start_processes(device) == torch.device("cuda:0")
+    assert usage.start_processes("cuda:1") == torch.device("cuda:1")
+
+
 # ---- README ----------------------------------------------------------------------------------------------------------
 
 
@@ -1807,5 +1819,6 @@ def print_ratios(folder):
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""                     # all on the CPU, as the bare steps are
     with tempfile.TemporaryDirectory() as folder:
         print_ratios(Path(folder))

@@ -695,15 +695,17 @@ def start_processes(device):
         sys.stdout = open(os.devnull, "w")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and WORLD > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"      # torch wants its number
     with reading(f"--device {device}", "not on this machine: pass cpu, or leave it out"):
         torch.zeros(1, device=device).item()
-    if device.startswith("cuda"):
+    device = torch.device(device)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return torch.device(device)
+        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        torch.distributed.init_process_group(**backend)
+    return device
 
 
 def wait_for_all():
