@@ -1394,6 +1394,15 @@ def test_the_toy_has_one_recipe_by_any_name(tmp_path, monkeypatch):
     assert len(runs) == 8
 
 
+def test_a_backbone_may_have_a_recipe_of_its_own():
+    rows = []
+    for backbone in ("resnet50", "resnet101"):
+        args = SimpleNamespace(**{key: None for key in train_cls.RECIPES["cnn", "scratch"]} | {"lr": 1.0})
+        rows.append(usage.take_defaults(args, train_cls.RECIPES, backbone, "none"))
+        assert vars(args) == rows[-1] | {"lr": 1.0}
+    assert rows[0] == train_cls.RECIPES["cnn", "scratch"] != rows[1]
+
+
 # ---- Bad input: one line, exit code 2, nothing written or lost -------------------------------------------------------
 
 TRAIN = ["train_cls.py", "--data", "DATA", "--run", "NEW", "--backbone", "mobilenet_v2", "--epochs", "1", *SMALL]

@@ -17,7 +17,8 @@ other: copy any of them.
 
 Letters: B images, C classes, K classes that an image has, D channels, h x w positions of the activation map (N = h*w),
 H x W pixels of the image, s activation, alpha spatial activation distribution, y in {0, 1} image-level labels, q learning
-status, u unit of L_REG, tau1 temperature of L_GEN, tau2 and tau2' of L_REG; a prime (') marks the teacher's.
+status, u unit of L_REG, tau1 temperature of L_GEN, tau2 and tau2' of L_REG; a prime (') marks the teacher's. Seed: the pixels
+first assigned to a class. CAM: class activation map. MIL: multiple-instance learning, an image has a class if some position has.
 """
 
 import errno
@@ -101,12 +102,12 @@ def generation_loss(activations, alpha, labels):
 
 
 def activation_unit(teacher_activations):
-    """u: the unit in which student and teacher are compared, so that one tau2 fits networks of any scale.
+    """u: the unit in which student and teacher are compared, so that tau2 need not follow the scale of the activations.
 
         u[c] = max(1, standard deviation over positions of s'[c,i])
 
-    teacher_activations (s', B, C, h, w) -> (B, C, 1, 1), float32, >= 1, without gradient. OURS: the activations of a
-    CNN reach into the tens, where a softmax at a fixed temperature is one-hot; not below 1, lest noise be blown up.
+    teacher_activations (s', B, C, h, w) -> (B, C, 1, 1), float32, >= 1, without gradient. OURS: the scale of
+    activations differs between networks and grows in training (EVIDENCE.md, The search); not below 1, lest noise be blown up.
     """
     return teacher_activations.detach().float().std((2, 3), correction=0, keepdim=True).clamp_min(1)
 
@@ -117,7 +118,8 @@ def consistency_loss(student_log_alpha, teacher_alpha, labels):
         alpha = softmax over i of s[c,i] / (u[c] * tau2),     alpha' = softmax over i of s'[c,i] / (u[c] * tau2')
         L_REG = mean over pairs (image, c) with y[c] = 1 of  sum_i alpha'[c,i] * (log alpha'[c,i] - log alpha[c,i])
 
-    with s the student's activations, s' the teacher's, u the `activation_unit`: KL(teacher || student).
+    with s the student's activations, s' the teacher's, u the `activation_unit`: KL(teacher || student). These alphas are not
+    L_GEN's: their temperatures are tau2 and tau2'.
     OURS: KL, the usual distance of distributions; what we know of the paper names none. A tau2' below tau2 makes the target
     sharper than a student of the same activations: L_REG then also raises the contrast of s, and keeps student and teacher
     from pulling each other towards flat maps.
@@ -142,29 +144,29 @@ def chance_loss(labels):
     return (torch.special.entr(p) + torch.special.entr(1 - p)).mean().item()
 
 
-def learning_status(running_loss, chance_loss):
+def learning_status(running_loss, chance):
     """q: how far the classifier has come: 0 until it beats chance, towards 1 as L_GEN falls.
 
         q = clip(1 - running L_GEN / chance, 0, 1)
 
     OURS: the paper adapts to the learning status; what the frequencies of the classes alone reach gives it a scale.
-    running_loss >= 0, chance_loss > 0, floats -> float in [0, 1]. Raises ValueError otherwise. Source: Sec. 4.2.
+    running_loss >= 0, chance > 0 (`chance_loss`), floats -> float in [0, 1]. Raises ValueError otherwise. Source: Sec. 4.2.
     """
-    if not (running_loss >= 0 and chance_loss > 0):
-        raise ValueError(f"running_loss must be >= 0 and chance_loss > 0, got {running_loss} and {chance_loss}")
-    return max(0.0, 1.0 - running_loss / chance_loss)
+    if not (running_loss >= 0 and chance > 0):
+        raise ValueError(f"running_loss must be >= 0 and chance > 0, got {running_loss} and {chance}")
+    return max(0.0, 1.0 - running_loss / chance)
 
 
 def set_adjustment(network, rate):
     """Adjust a network: drop whole residual branches, deeper ones more often, and features before the classifier.
 
-    Call it with rate = max_rate * q for the student and rate = weak_ratio * max_rate * q for the teacher.
+    Call it with rate = max_rate * q for the student and rate = weak_ratio * max_rate * q for the teacher (OURS: linear in q,
+    the simplest rule that is 0 at the start).
 
     Sets `p` of every StochasticDepth (torchvision's drop-path, which drops a branch for single images; found by its name)
     to `rate * k / n` for the k-th of n in module order, and `p` of `network.dropout` to `rate`. Both act in training mode
     only; at rate 0 the network is exactly the plain one. rate in [0, 1], ValueError outside of it. Source: Sec. 4.2; OURS:
-    linear in q, the simplest rule that is 0 at the start; branches and features, where the paper's figure shows parts of
-    layers dropped.
+    branches and features, where the paper's figure shows parts of layers dropped.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate}")
@@ -197,9 +199,9 @@ def seed_maps(activations, size):
 
     activations: a list of (B, K, h_k, w_k), of the present classes, flips already mirrored back; size (H, W) ->
     (B, K, H, W) in [0, 1], float32; 0 where a class is positive nowhere.
-    Source: IRN (Ahn et al., CVPR 2019), MCTformer (Xu et al., CVPR 2022), like whom we enlarge with align_corners=False. The
-    outermost positions of a CNN's map lie on the image's edge, at a side of 16n + 1, so that this moves everything towards
-    the middle, to (16n + 1) / (16n + 16) of its distance. IRN enlarges to the next multiple of 16 and cuts; we to the size.
+    Source: IRN (Ahn et al., CVPR 2019), MCTformer (Xu et al., CVPR 2022), like whom we enlarge with align_corners=False. A
+    CNN's outermost positions lie on the outermost pixels if the side is 16n + 1, so that this moves everything towards the
+    middle, by the factor (16n + 1) / (16n + 16). IRN enlarges to the next multiple of 16 and crops; we enlarge to the size.
     """
     total = sum(F.interpolate(s.float().relu(), size, mode="bilinear", align_corners=False) for s in activations)
     return total / total.amax((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -273,7 +275,7 @@ CNNS = ("mobilenet_v2", "resnet18", "resnet50", "resnet101")
 DEITS = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}      # width D, attention heads
 BACKBONES = CNNS + tuple(DEITS)
 STRIDE = 16                     # one position of the map for 16 x 16 pixels: the field's custom, and DeiT's patch
-AFFINITY_BLOCKS = 6             # OURS: patch affinity is the mean over the last blocks, see EVIDENCE; MCTformer's over all
+AFFINITY_BLOCKS = 6             # OURS: patch affinity is the mean over the last blocks, see EVIDENCE; MCTformer sums over all
 TO_TENSOR = v2.Compose([        # a PIL image -> (3, H, W), with ImageNet's mean and deviation
     v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))])
@@ -301,7 +303,7 @@ class ActivationNetwork(nn.Module):
 
     def fitting_size(self, size):
         """An (H, W) near `size` on which positions fall evenly."""
-        beyond = 0 if isinstance(self.trunk, PatchTransformer) else 1       # a CNN's outermost are corner pixels at 16k + 1
+        beyond = 0 if isinstance(self.trunk, PatchTransformer) else 1       # a CNN's outermost lie on the edge at 16k + 1
         return tuple(max(1, round(side / STRIDE)) * STRIDE + beyond for side in size)
 
     def train(self, mode=True):
@@ -314,7 +316,7 @@ class ActivationNetwork(nn.Module):
 
 
 class PatchTransformer(torchvision.models.VisionTransformer):
-    """torchvision's, whose patches are the positions; other sides are resized to the next 16k."""
+    """torchvision's, with the patches as positions; an image whose sides are no 16k is resized to the next."""
 
     def forward(self, images, return_attention=False):
         """(B, 3, H, W) -> (B, D, h, w), and with `return_attention` each block's attention (B, blocks, 1 + N, 1 + N).
@@ -335,7 +337,7 @@ class PatchTransformer(torchvision.models.VisionTransformer):
         for block in encoder.layers:
             query = block.ln_1(tokens)
             change, weights = block.self_attention(query, query, query, need_weights=return_attention)
-            tokens = tokens + block.dropout(change)
+            tokens = tokens + block.dropout(change)         # here and in mlp build_network puts drop-path
             tokens = tokens + block.mlp(block.ln_2(tokens))
             attention.append(weights)
         features = encoder.ln(tokens)[:, 1:].transpose(1, 2).unflatten(2, (h, w))   # (B, 1 + N, D) -> (B, D, h, w)
@@ -353,7 +355,7 @@ def build_network(backbone, num_classes, state=None, frozen=False):
         raise InputError(f"unknown backbone {backbone!r}: take one of {', '.join(BACKBONES)}")
     if backbone in DEITS:
         channels, heads = DEITS[backbone]
-        trunk = PatchTransformer(224, STRIDE, 12, heads, channels, mlp_dim=4 * channels)
+        trunk = PatchTransformer(224, STRIDE, 12, heads, channels, mlp_dim=4 * channels)     # 12 blocks, for 224 x 224 pixels
         trunk.heads = nn.Identity()
     elif backbone == "mobilenet_v2":
         model = torchvision.models.mobilenet_v2()
@@ -367,7 +369,7 @@ def build_network(backbone, num_classes, state=None, frozen=False):
     if backbone in CNNS:
         # The stage that would go from stride 16 to 32 stays at 16, dilated after its strided convolution. OURS: IRN does
         # not dilate there; dilated, a pretrained layer sees what it was trained on.
-        stage = trunk[14:] if backbone == "mobilenet_v2" else trunk.layer4
+        stage = trunk[14:] if backbone == "mobilenet_v2" else trunk.layer4       # from the first block at stride 32
         for conv in (module for module in stage.modules() if isinstance(module, nn.Conv2d)):
             if conv.stride == (2, 2):
                 conv.stride = (1, 1)
@@ -680,8 +682,12 @@ def number(low, high, kind=float):
 
 
 def take_defaults(args, recipes, backbone, weights):
-    """Give each flag that was left out, None, its value of a script's table RECIPES; return that row of it."""
-    recipe = recipes["cnn" if backbone in CNNS else "transformer", "scratch" if weights == "none" else "pretrained"]
+    """Give each flag that was left out, None, its value of a script's table RECIPES; return that row of it.
+
+    The row is that of the backbone, or of its kind where it has none of its own.
+    """
+    kind, start = "cnn" if backbone in CNNS else "transformer", "scratch" if weights == "none" else "pretrained"
+    recipe = recipes.get((backbone, start)) or recipes[kind, start]
     vars(args).update((key, value) for key, value in recipe.items() if getattr(args, key) is None)
     return recipe
 
