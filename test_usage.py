@@ -938,7 +938,7 @@ def test_nobody_listens():
 
 # ---- The four stages -------------------------------------------------------------------------------------------------
 
-TORCHRUN = ["-m", "torch.distributed.run", "--master-port", 29531, "--nproc-per-node", 2, "--"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--"]
 SMALL = ["--weights", "none", "--size", "33", "--batch-size", "4", "--workers", "0", "--reg-epochs", "0"]
 BOTH = ["--epochs", "1", *SMALL, "--reg-epochs", "1"]          # an epoch without L_REG, an epoch with it
 AGAIN = ["train_cls.py", "--backbone", "mobilenet_v2", *BOTH]   # what `finished` was trained with
@@ -1319,6 +1319,12 @@ def test_two_processes(finished, toy, tmp_path):
     assert code != 0 and "seeds.json: is missing" in errors and digest(run) == before
 
 
+def test_of_two_processes_the_one_that_fails_says_why(toy, tmp_path):
+    (tmp_path / "file").touch()
+    code, errors = torchrun("train_cls.py", "--data", toy, "--backbone", "mobilenet_v2", *SMALL, "--run", tmp_path / "file")
+    assert code != 0 and "train_cls.py: " in errors and "in wait_for_all" not in errors
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "deit_tiny"])
 def test_two_processes_give_the_losses_of_one(backbone, toy, tmp_path):
     """Where each image has as many classes, so that each process has as many pairs (image, class)."""
@@ -1399,7 +1405,7 @@ def test_a_backbone_may_have_a_recipe_of_its_own():
     for backbone in ("resnet50", "resnet101"):
         args = SimpleNamespace(**{key: None for key in train_cls.RECIPES["cnn", "scratch"]} | {"lr": 1.0})
         rows.append(usage.take_defaults(args, train_cls.RECIPES, backbone, "none"))
-        assert vars(args) == rows[-1] | {"lr": 1.0}
+        assert vars(args) == rows[-1] | {"lr": 1.0}             # what was given stays
     assert rows[0] == train_cls.RECIPES["cnn", "scratch"] != rows[1]
 
 
@@ -1597,7 +1603,7 @@ BAD_INPUT = {  # what is wrong: the command, what the line must name, what spoil
     "checkpoint of something else, training": (GO_ON, "classifier.pt", checkpoint(settings=[1])),
     "checkpoint of other classes": (SEEDS, "its 2 classes are not", text(CLASSES, "cat\ndog\n")),
     "checkpoint of another backbone": ([*GO_ON, "--backbone", "resnet18"], "another backbone", None),
-    "weights of another backbone": ([*TRAIN, "--weights", "RUN/classifier.pt"], "do not fit mobilenet_v2", None),
+    "weights of another backbone": ([*TRAIN, "--weights", "RUN/classifier.pt"], "not a state dict of mobilenet_v2", None),
     "no weights file": ([*TRAIN, "--weights", "nowhere.pth"], "nowhere.pth", None),
     "no class threshold": ([*SEEDS, "--split", "val"], "classifier.json", gone("run/classifier.json")),
     "too many workers": ([*TRAIN, "--workers", "1000"], "--workers: invalid number (0 to", None),
@@ -1678,6 +1684,9 @@ def test_a_cuda_device_has_a_number(monkeypatch):
     for device in ("auto", "cuda"):
         assert usage.start_processes(device) == torch.device("cuda:0")
     assert usage.start_processes("cuda:1") == torch.device("cuda:1")
+    monkeypatch.setattr(usage, "WORLD", 2)
+    with pytest.raises(usage.InputError, match="one of its own"):
+        usage.start_processes("cuda:1")
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------

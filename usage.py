@@ -622,9 +622,9 @@ def read_mask(path, size, num_classes):
 
 # ==== 5. The run folder ===============================================================================================
 
-RANK, WORLD = 0, 1
+RANK, WORLD, CARD = 0, 1, 0                                     # this process, how many there are, its CUDA device
 if torch.distributed.is_torchelastic_launched():                # by torchrun
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    RANK, WORLD, CARD = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 WORKERS = min(8, max(1, CORES // 2))        # OURS: loaders of images; on a CPU the rest computes
 
@@ -660,6 +660,8 @@ def one_line_errors(how_to_go_on):
         first = "make room or give access there, then " * wants_room + "move away what is there, then " * in_the_way
         message = f"{error}: {first}{how_to_go_on}"
     except (MemoryError, RuntimeError) as error:
+        if WORLD > 1 and "by peer" in str(error):               # gloo's words for another process that ended, and says why
+            os._exit(2)
         signs = "allocate memory", "killed by signal", "exited unexpectedly"    # the last two of a loader's worker
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in signs):
             raise
@@ -682,12 +684,12 @@ def number(low, high, kind=float):
 
 
 def take_defaults(args, recipes, backbone, weights):
-    """Give each flag that was left out, None, its value of a script's table RECIPES; return that row of it.
+    """Give each flag that was left out, None, its value of a script's table RECIPES; return these values.
 
-    The row is that of the backbone, or of its kind where it has none of its own.
+    They are those of the kind of network, and before them what the table may have for this backbone alone.
     """
     kind, start = "cnn" if backbone in CNNS else "transformer", "scratch" if weights == "none" else "pretrained"
-    recipe = recipes.get((backbone, start)) or recipes[kind, start]
+    recipe = recipes[kind, start] | recipes.get((backbone, start), {})
     vars(args).update((key, value) for key, value in recipe.items() if getattr(args, key) is None)
     return recipe
 
@@ -701,9 +703,11 @@ def start_processes(device):
         sys.stdout = open(os.devnull, "w")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda:") and WORLD > 1:
+        raise InputError(f"--device {device}: each process takes one of its own; pass cuda, or leave it out")
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"      # torch wants its number
-    with reading(f"--device {device}", "not on this machine: pass cpu, or leave it out"):
+        device = f"cuda:{CARD}"                                 # torch wants the number
+    with reading(f"--device {device}", "not on this machine, or in use: pass cpu, or take fewer processes"):
         torch.zeros(1, device=device).item()
     device = torch.device(device)
     if device.type == "cuda":
