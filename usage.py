@@ -107,7 +107,7 @@ def activation_unit(teacher_activations):
         u[c] = max(1, standard deviation over positions of s'[c,i])
 
     teacher_activations (s', B, C, h, w) -> (B, C, 1, 1), float32, >= 1, without gradient. OURS: the scale of
-    activations differs between networks and grows in training (EVIDENCE.md, The search); not below 1, lest noise be blown up.
+    activations grows in training (EVIDENCE.md, The search, has 2.9 to 8); not below 1, lest noise be blown up.
     """
     return teacher_activations.detach().float().std((2, 3), correction=0, keepdim=True).clamp_min(1)
 
