@@ -1,15 +1,17 @@
-"""Stage 4: compare label maps with the truth: IoU, FPR and FNR per class and in the mean.
+"""Stage 4: compare label maps with the true masks: IoU, FPR and FNR per class and in the mean.
 
-    python eval.py --run runs/toy-resnet50               seeds and segmentation, whatever is there
-    python eval.py --run runs/toy-resnet50 --sweep       also the best threshold that the truth can choose
-    python eval.py --pred DIR --truth DIR                anybody's PNGs
+    python eval.py --run runs/toy-resnet50              seeds and segmentation, whatever is there
+    python eval.py --run runs/toy-resnet50 --sweep      also other thresholds of the seeds
+    python eval.py --pred DIR --truth DIR               any two folders of label PNGs
 
 Writes report.json into the run folder. Per class, over all pixels of the split that are not void:
-    IoU = TP / (TP + FP + FN),   FPR = FP / (TP + FP + FN),   FNR = FN / (TP + FP + FN)      (they add up to 1)
-Means run over the C + 1 classes, background included. MCTformer's and WeakTr's definition.
+
+    IoU = TP / (TP + FP + FN),   FPR = FP / (TP + FP + FN),   FNR = FN / (TP + FP + FN)
+
+which add up to 1. Means run over the classes that the truth has, background included.
+Source: MCTformer's and WeakTr's definition.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -21,202 +23,347 @@ from PIL import Image, ImageDraw
 
 import usage
 
+THRESHOLDS = torch.arange(101) / 100        # of --sweep
+
 
 def metrics(confusion):
-    """(C + 1, C + 1) -> {"IoU", "FPR", "FNR"}, each (C + 1,) float64; NaN for a class in neither truth nor prediction."""
+    """(C + 1, C + 1) -> {"IoU", "FPR", "FNR"}, each (C + 1,) float64.
+
+    NaN for a class in neither truth nor prediction.
+    """
     true_positive = confusion.diag().double()
-    false_positive, false_negative = confusion.sum(0) - true_positive, confusion.sum(1) - true_positive
+    false_positive = confusion.sum(0) - true_positive
+    false_negative = confusion.sum(1) - true_positive
     union = true_positive + false_positive + false_negative
-    return {"IoU": true_positive / union, "FPR": false_positive / union, "FNR": false_negative / union}
+    return {"IoU": true_positive / union, "FPR": false_positive / union,
+            "FNR": false_negative / union}
 
 
 def count_levels(truth, labels, levels, num_classes):
-    """Pixels by (true class, predicted class, its level), void left out: enough for every threshold at once.
+    """Pixels by (true class, predicted class, its level), without void: enough for any threshold.
 
-    truth, labels (H, W): 0 background, c + 1 for class c; levels (H, W) in 0 ... 255 -> (C + 1, C + 1, 256) int64.
+    truth, labels (H, W): 0 background, c + 1 for class c; levels (H, W) in 0 ... 255
+    -> (C + 1, C + 1, 256) int64.
     """
     shape = (num_classes + 1, num_classes + 1, 256)
     valid = truth != usage.VOID
-    cells = (truth[valid].long() * shape[1] + labels[valid].long()) * 256 + levels[valid].long()
+    pairs = truth[valid].long() * shape[1] + labels[valid].long()
+    cells = pairs * 256 + levels[valid].long()
     return torch.bincount(cells, minlength=math.prod(shape)).view(shape)
 
 
 def at_threshold(counts, threshold):
-    """The confusion matrix (C + 1, C + 1), from `count_levels`: levels / 255 not above the threshold are background."""
+    """The confusion matrix (C + 1, C + 1) of `count_levels`.
+
+    Where a level / 255 is not above the threshold, background is predicted.
+    """
     above = torch.arange(256) / 255 > threshold
     matrix = counts[..., above].sum(-1)
-    matrix[:, 0] += counts[..., ~above].sum((1, 2))                                 # what is not above is background
+    matrix[:, 0] += counts[..., ~above].sum((1, 2))
     return matrix
 
 
+def means(confusion):
+    """{"mIoU", "FPR", "FNR"} over the classes of the truth, and "area": predicted over true pixels."""
+    occurs = confusion.sum(1) > 0                               # (C + 1,), at every threshold the same
+    scores = metrics(confusion)
+    values = {"mIoU": scores["IoU"][occurs].mean(), "FPR": scores["FPR"][occurs].mean(),
+              "FNR": scores["FNR"][occurs].mean(),
+              "area": confusion[:, 1:].sum() / confusion[1:].sum()}         # of the foreground
+    return {key: value.item() if value.isfinite() else None for key, value in values.items()}
+
+
 def summary(confusion, classes, **facts):
-    """What report.json holds of one confusion matrix: the facts given, means, area, and the three rates per class."""
-    rates = metrics(confusion)
-    area = (confusion[:, 1:].sum() / confusion[1:].sum()).item()                    # predicted over true foreground
-    means = {"m" * (name == "IoU") + name: rate.nanmean().item() for name, rate in rates.items()} | {"area": area}
-    means = {name: value if math.isfinite(value) else None for name, value in means.items()}     # JSON has no NaN
-    per_class = {name: {key: rate[c].item() for key, rate in rates.items()}
-                 for c, name in enumerate(["background", *classes]) if not rates["IoU"][c].isnan()}
-    return {**facts, **means, "classes": per_class}
+    """An entry of report.json: the facts given, the means, and the scores per class."""
+    scores = metrics(confusion)
+    per_class = {}
+    for c, name in enumerate(["background", *classes]):
+        if not scores["IoU"][c].isnan():
+            per_class[name] = {key: score[c].item() for key, score in scores.items()}
+    return {**facts, **means(confusion), "classes": per_class}
 
 
 def show(entry):
     """Print an entry of report.json as a table."""
-    labels = f"{entry['labels']} labels, " if "labels" in entry else ""
-    print(f"\n{entry['what']}: {entry['data']}, {entry['split']}, {entry['images']} images, {labels}threshold "
-          f"{entry['threshold']}\n  {'':16}    IoU    FPR    FNR")
-    for name, rate in entry["classes"].items():
-        print(f"  {name:16} {rate['IoU']:6.3f} {rate['FPR']:6.3f} {rate['FNR']:6.3f}")
-    if entry["mIoU"] is not None and entry["area"] is not None:
-        print(f"  {'mean':16} {entry['mIoU']:6.3f} {entry['FPR']:6.3f} {entry['FNR']:6.3f}   "
-              f"foreground {entry['area']:.2f} x the true area")
+    print(f"\n{entry['what']}: {entry['where']}, threshold {entry['threshold']}")
+    print(f"  {'':16}    IoU    FPR    FNR")
+    for name, scores in entry["classes"].items():
+        print(f"  {name:16} {scores['IoU']:6.3f} {scores['FPR']:6.3f} {scores['FNR']:6.3f}")
+    if entry["mIoU"] is None or entry["area"] is None:          # images without any object
+        return
+    print(f"  {'mean':16} {entry['mIoU']:6.3f} {entry['FPR']:6.3f} {entry['FNR']:6.3f}   "
+          f"foreground {entry['area']:.2f} x the true area")
 
 
-def progress(names):
-    """Yield the names, with a line of progress."""
-    for done, name in enumerate(names, start=1):
-        yield name
-        if done % 50 == 0 or done == len(names):
-            print(f"\r{done} of {len(names)} images ", end="", flush=True)
+def check_truth(counts, folder, classes, named):
+    """InputError if the true masks have no foreground; a warning for named classes that they lack.
 
-
-def compare(ids, folder, masks, num_classes):
-    """The confusion matrix of the label maps <id>.png of a folder against those of another, the true masks."""
-    counts = 0
-    for name in progress(ids):
-        path, truth = folder / f"{name}.png", usage.read_mask(masks / f"{name}.png", None, num_classes)
-        labels = usage.read_mask(path, truth.shape, num_classes)
-        if (labels == usage.VOID).any():
-            raise usage.InputError(f"{path}: has void (255), a prediction must not; measure a run's pseudo masks by --run")
-        counts += count_levels(truth, labels, torch.full_like(labels, 255), num_classes)
-    return at_threshold(counts, 0)
-
-
-def measure_run(run, data_root, with_sweep):
-    """Entries of report.json for what is found in a run folder."""
-    entries, made_of = [], {}
-    for what, path in (("seeds", run / "seeds.json"), ("segmentation", run / "segmentation.json")):
-        if not path.is_file():
-            continue
-        keys = ["threshold", "class_threshold"] if what == "seeds" else ["refine"]
-        settings = usage.read_json(path, ["data", "classes", "split", "classifier", *keys])
-        usage.check_settings(path, settings, made_of, f"remove it and {what}, and run train_seg.py again")
-        made_of = {"classifier": settings["classifier"]}        # segmentation must be of the same
-        data = usage.open_run_data(run, settings, data_root)
-        split = "train" if settings["split"] == "train_aug" else settings["split"]  # the part of it that has masks
-        if split not in data.splits or not data.has_masks(data.ids(split)):
-            print(f"{what} of {split}: no list of it, or no true masks in {data.masks}, not measured")
-            continue
-        ids, folder = data.ids(split), run / what
-        missing = [name for name in ids if not usage.is_there(folder / f"{name}.png")]
-        if missing:
-            raise usage.InputError(f"{folder / missing[0]}.png: not there; run the stage that writes {folder} to its end")
-        if data.is_coco and not all(usage.is_there(data.masks / f"{name}.png") for name in ids):
-            draw_coco_masks(data, split)
-        facts = {"data": str(data.root), "split": split, "images": len(ids)}
-        if what == "seeds":
-            entries += measure_seeds(run, data, ids, settings, facts, with_sweep)
-        else:
-            confusion = compare(ids, folder, data.masks, len(data.classes))
-            threshold = "none (argmax, refined)" if settings["refine"] else "none (argmax)"
-            entries.append(summary(confusion, data.classes, what=what, threshold=threshold, **facts))
-    return entries or usage.fail(f"{run}: nothing to measure; run make_seeds.py for it, add true masks, or correct flags")
-
-
-def measure_seeds(run, data, ids, settings, facts, with_sweep):
-    """Entries for the seeds, at the fixed threshold and at the best one, and for the pseudo masks made of them.
-
-    Pixels that a pseudo mask leaves void count as what they would be without.
+    counts: (C + 1, ...) pixels by true class; named: the classes that the images' labels name.
     """
-    counts, threshold = {"seeds": 0, "pseudo masks": 0}, settings["threshold"]
-    for name in progress(ids):
-        classes, *both = usage.load_maps(run / f"maps/{name}.npz", len(data.classes))
-        truth = usage.read_mask(data.masks / f"{name}.png", both[0].shape[1:], len(data.classes))
-        for what, maps in zip(counts, both):
-            labels = usage.label_map(maps[None], 0, classes)[0]                         # (H, W), 0 where all maps are 0
-            levels = F.pad(maps, (0, 0, 0, 0, 1, 0)).amax(0)                            # (1 + K, H, W) -> (H, W)
-            counts[what] += count_levels(truth, labels, levels, len(data.classes))
-    facts |= {"labels": "given" if settings["class_threshold"] is None else "predicted"}
-    entries = [summary(at_threshold(counts[what], threshold), data.classes, what=what, **facts,
-                       threshold=f"{threshold} (fixed beforehand)") for what in counts]
-    if with_sweep:
-        matrices = [at_threshold(counts["seeds"], step) for step in torch.arange(101) / 100]
-        curve = [summary(matrix, data.classes) for matrix in matrices]
-        best = int(np.argmax([point["mIoU"] or 0 for point in curve]))
-        facts |= {"what": "seeds, oracle", "threshold": f"{best / 100} (ORACLE: the best of 101 on these very masks)"}
-        curve = {f"{key} at 0.00, 0.01 ... 1.00": [point[key] for point in curve] for key in ("mIoU", "area")}
-        entries.append(summary(matrices[best], data.classes, **facts) | curve)
+    pixels = counts.flatten(1).sum(1)                           # (C + 1,)
+    if pixels[1:].sum() == 0:
+        raise usage.InputError(
+            f"{folder}: the true masks have no pixel of any class, only 0 (background) and 255 "
+            "(void); write class numbers, 1 for the first class")
+    lacking = [name for name, count in zip(classes, pixels[1:]) if name in named and count == 0]
+    if lacking:
+        print(f"warning: labels name {', '.join(lacking)}, but the true masks in {folder} have no "
+              "pixel of that class; are their values the classes' numbers?")
+
+
+def check_turns(images):
+    """A warning for photographs that are stored turned, given by their paths."""
+    turned = 0
+    for path in images:
+        with usage.reading(path, "cannot be read as an image"), Image.open(path) as image:
+            turned += usage.orientation(image) != 1
+    if turned:
+        print(f"warning: {turned} photographs have an EXIF orientation; their true masks must be "
+              "drawn on the upright photograph, as an image viewer shows it")
+
+
+def compare(predictions, truth, num_classes):
+    """Pixels by (true class, predicted class, 255) of two {id: path of a label map}, without void."""
+    counts = 0
+    for (name, path), _ in usage.counted(predictions.items(), len(predictions)):
+        true = usage.read_mask(truth[name], None, num_classes)
+        labels = usage.read_mask(path, true.shape, num_classes)
+        if (labels == usage.VOID).any():
+            raise usage.InputError(f"{path}: contains void (255), which a prediction must not; to "
+                                   "measure a run's pseudo masks, pass --run")
+        counts += count_levels(true, labels, torch.full_like(labels, 255), num_classes)
+    return counts
+
+
+def measure_run(run, root, with_sweep):
+    """Entries of report.json for what is found in a run folder."""
+    trained, data = usage.read_run(run)
+    classes = data["classes"]
+    root = root or Path(data["root"])
+    entries, seeds = [], None
+    for name, split in (("train", "train"), ("val", "val"), ("segmentation", "val")):
+        folder = run / name
+        if not folder.is_dir():
+            continue
+        remedy = f"remove {folder} and run its stage again"
+        made_with = usage.read_json(folder / "settings.json", {"classifier": dict}, remedy)
+        if name == "train":
+            seeds = made_with
+        if made_with["classifier"] != trained:
+            print(f"{folder}: made with a different classifier, so not measured; {remedy}")
+            continue
+        if name == "segmentation" and seeds and made_with.get("seeds") not in (None, seeds):
+            print(f"{folder}: made from other seeds, so not measured; run train_seg.py again")
+            continue
+        truth = find_truth(data, split, root)
+        where = f"{folder}, {len(truth)} of {len(data[split])} images of {split} with a true mask"
+        if not truth:
+            print(f"{where}: not measured")
+            continue
+        masks = next(iter(truth.values())).parent
+        if data["outlines"][split] is None:
+            check_turns(root / data[split][key][0] for key in truth)
+        if name == "segmentation":
+            predictions = {key: folder / f"{key}.png" for key in truth}
+            counts = compare(predictions, truth, len(classes))
+            check_truth(counts, masks, classes, ())
+            entries.append(summary(
+                at_threshold(counts, 0), classes, what="segmentation", where=where,
+                threshold="none (argmax, refined)" if made_with.get("refine") else "none (argmax)"))
+            continue
+        with usage.reading(folder / "settings.json", remedy):
+            threshold = float(made_with["threshold"])
+        where += ", given labels" if split == "train" else ", predicted labels"
+        counts = count_maps(folder, truth, len(classes))
+        named = {label for key in truth for label in data[split][key][1] or ()}
+        check_truth(sum(counts["seeds"]), masks, classes, named)
+        for what, (first, second) in counts.items():
+            entries.append(summary(
+                at_threshold(first + second, threshold), classes, what=what, where=where,
+                threshold=threshold))
+        if with_sweep:
+            entries += sweep(counts, classes, where, threshold)
+    if not entries:
+        raise usage.InputError(f"{run}: nothing to measure; run make_seeds.py for it, add true "
+                               "masks, or check --run and --data")
     return entries
 
 
+def count_maps(folder, truth, num_classes):
+    """{"seeds", "pseudo masks"}: `count_levels` of every second image, and of the others.
+
+    Void pixels of a pseudo mask count as the label they would otherwise have.
+    """
+    counts = {"seeds": [0, 0], "pseudo masks": [0, 0]}
+    for (number, name), _ in usage.counted(enumerate(truth), len(truth)):
+        true = usage.read_mask(truth[name], None, num_classes)
+        classes, *both = usage.load_maps(folder / f"maps/{name}.npz", num_classes)
+        if both[0].shape[1:] != usage.map_size(true.shape):
+            raise usage.InputError(f"{truth[name]}: is {true.shape[1]}x{true.shape[0]}, its image "
+                                   "another size; make both the same size")
+        for what, maps in zip(counts, both):
+            labels = usage.label_map(maps[None], 0, classes)[0]     # (h, w), 0 where all maps are 0
+            levels = F.pad(maps, (0, 0, 0, 0, 1, 0)).amax(0)        # (1 + K, h, w) -> (h, w)
+            labels, levels = (usage.enlarged(x, true.shape) for x in (labels, levels))
+            counts[what][number % 2] += count_levels(true, labels, levels, num_classes)
+    return counts
+
+
+def sweep(counts, classes, where, threshold):
+    """Entries for the seeds' best thresholds: chosen on one half for the other, and an oracle's.
+
+    The half is every second image, the first included. The oracle chooses on the masks it is
+    measured on.
+    """
+    first, second = counts["seeds"]
+    chosen = best_threshold(first)
+    best = best_threshold(first + second)
+    curve = [means(at_threshold(first + second, step)) for step in THRESHOLDS]
+    other_half = f"{where}, every second one"
+    return [
+        summary(at_threshold(second, chosen), classes, what="seeds, own threshold",
+                where=other_half, threshold=f"{chosen:.2f} (chosen on the others)"),
+        summary(at_threshold(counts["pseudo masks"][1], threshold), classes,
+                what="pseudo masks, half", where=other_half, threshold=threshold),
+        summary(at_threshold(first + second, best), classes, what="seeds, oracle", where=where,
+                threshold=f"{best:.2f} (the best of 101, chosen on these very masks)", **{
+                    f"{key} at 0.00, 0.01 ... 1.00": [point[key] for point in curve]
+                    for key in ("mIoU", "area")}),
+    ]
+
+
+def best_threshold(counts):
+    """The threshold of THRESHOLDS with the highest mIoU."""
+    scores = [means(at_threshold(counts, step))["mIoU"] or 0.0 for step in THRESHOLDS]
+    return THRESHOLDS[int(np.argmax(scores))].item()
+
+
+def compare_folders(args):
+    """Entries of a report for two folders of label PNGs."""
+    if args.pred.resolve() == args.truth.resolve():
+        raise usage.InputError(f"{args.pred}: --pred and --truth are the same folder")
+    classes = usage.read_classes(args.classes)
+    predictions = usage.image_files(args.pred, (".png",))
+    truth = usage.image_files(args.truth, (".png",))
+    missing = [name for name in predictions if name not in truth]
+    if missing:
+        raise usage.InputError(f"{args.truth}/{missing[0]}.png: missing; add it, or remove it from "
+                               f"{args.pred}")
+    counts = compare(predictions, truth, len(classes))
+    check_truth(counts, args.truth, classes, ())
+    where = f"{args.pred}, all {len(predictions)} images, {len(truth)} in {args.truth}"
+    return [summary(at_threshold(counts, 0), classes, what="label maps", where=where,
+                    threshold="none (label maps)")]
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = usage.fail
-    add = parser.add_argument
-    add("--run", type=Path, help="a run folder (default runs/toy-resnet50); writes report.json into it")
-    add("--data", help="where the data lies now, if it has moved since stage 1")
-    add("--sweep", action="store_true", help="also the oracle threshold of the seeds: the best one, chosen on the truth")
-    add("--pred", type=Path, help="a folder of label PNGs to compare with --truth, instead of a run")
-    add("--truth", type=Path, help="a folder of label PNGs: 0 background, 1 to C the classes, 255 void")
-    add("--classes", type=Path, help="for --pred: a file with the class names, one a line (default: VOC's 20)")
+    parser = usage.CommandLine(__doc__)
+    add = parser.add_argument_group("a run").add_argument
+    add("--run", type=Path,
+        help="a run folder (default runs/toy-resnet50); report.json is written into it")
+    add("--data", type=Path, help="where the data lies now, if it has moved since stage 1")
+    add("--sweep", action="store_true",
+        help="also measure the seeds at their best thresholds: one chosen on every second image and "
+             "measured on the others, and one chosen on all (an oracle)")
+    add = parser.add_argument_group("two folders").add_argument
+    add("--pred", type=Path, help="a folder of label PNGs to compare with --truth")
+    add("--truth", type=Path,
+        help="a folder of label PNGs: 0 background, 1 to C the classes, 255 void")
+    add("--classes", type=Path,
+        help="a file with the class names, one per line (default: VOC's 20)")
     args = parser.parse_args()
-    run = args.run or Path("runs/toy-resnet50")
-    if args.pred or args.truth or args.classes:
-        if not (args.pred and args.truth) or args.run or args.data or args.sweep:
-            raise usage.InputError("pass --pred and --truth, no --run, --data or --sweep; a run knows its --classes")
-        if args.pred.resolve() == args.truth.resolve():
-            raise usage.InputError(f"{args.pred}: --pred and --truth are one folder; nothing would be measured")
-        classes = usage.read_classes(args.classes) if args.classes else usage.VOC_CLASSES
-        ids, truths = (list(usage.image_files(folder, (".png",))) for folder in (args.pred, args.truth))
-        confusion, split = compare(ids, args.pred, args.truth, len(classes)), f"every png of {args.pred}"
-        entries = [summary(confusion, classes, what="label maps", data=str(args.truth), images=len(ids),
-                           split=f"{split} ({len(truths)} in the truth)", threshold="none (label maps)")]
+    of_folders = args.pred or args.truth or args.classes
+    if of_folders and (not (args.pred and args.truth) or args.run or args.data or args.sweep):
+        raise usage.InputError("--pred and --truth go together, without --run, --data or --sweep; "
+                               "--classes goes with them only")
+    if of_folders:
+        entries = compare_folders(args)
     else:
+        run = args.run or Path("runs/toy-resnet50")
         entries = measure_run(run, args.data, args.sweep)
     for entry in entries:
         show(entry)
-    if not args.pred:
+    if not of_folders:
         usage.write_json(run / "report.json", entries)
 
 
-# ==== MS COCO's masks =================================================================================================
+# ==== The true masks ==============================================================================
 
 
-def draw_coco_masks(data, split):
-    """Draw the true masks of a split from COCO's outlines: small objects over large ones, crowds void."""
-    path = data.root / f"annotations/instances_{split}2014.json"
-    print(f"{path}: drawing the true masks, for the first time", flush=True)
+def find_truth(data, split, root):
+    """{id: path} of the true masks of a split; COCO's are drawn if they are not there."""
+    outlines = data["outlines"][split]
+    if outlines:
+        folder = root / data["masks"][split]
+        with usage.reading(root / outlines, "fetch COCO's annotations again, or correct --data"):
+            drawn_with = {"classes": data["classes"], "bytes": (root / outlines).stat().st_size}
+        before = {}
+        if folder.is_dir():
+            before = usage.read_json(folder / "settings.json", {}, f"remove {folder}")
+        if before != drawn_with:
+            with usage.whole_folder(folder, drawn_with) as partial:
+                draw_coco_masks(root / outlines, root / f"{split}2014", data["classes"], partial)
+    return usage.true_masks(data, split, root)
+
+
+def draw_coco_masks(path, images, classes, folder):
+    """Draw true masks from COCO's outlines: small objects over large ones, crowds void.
+
+    path: of the annotations; images: the folder of the photographs, which may be stored turned. A
+    mask is turned like its photograph if the outlines were drawn on the stored one, by the size.
+    """
+    print(f"{path}: drawing the true masks (only once)", flush=True)
     with usage.reading(path, "not COCO's instances: fetch it again"):
         table = json.loads(path.read_bytes())
-        labels = {category["id"]: data.classes.index(category["name"]) + 1 for category in table["categories"]}
+        labels = {category["id"]: classes.index(category["name"]) + 1
+                  for category in table["categories"]}
         objects = {image["id"]: [] for image in table["images"]}
-        for entry in sorted(table.pop("annotations"), key=lambda entry: (not entry["iscrowd"], -entry["area"])):
+        for entry in table["annotations"]:
             objects[entry["image_id"]].append(entry)
-    for image in progress(table["images"]):
-        drawn = data.masks / f"{Path(image['file_name']).stem}.png"
-        if usage.is_there(drawn):
+    for image, _ in usage.counted(table["images"], len(table["images"])):
+        name = image["file_name"]
+        drawn = folder / f"{Path(name).stem}.png"
+        if drawn.is_file():
             continue
-        with usage.reading(path, f"an outline of {image['file_name']} cannot be drawn: fetch it again"):
+        with usage.reading(path, f"an outline of {name} cannot be drawn: fetch it again"):
             mask = np.zeros((image["height"], image["width"]), np.uint8)
-            for entry in objects[image["id"]]:
-                mask[draw_outline(entry["segmentation"], *mask.shape)] = (
-                    usage.VOID if entry["iscrowd"] else labels[entry["category_id"]])
+            large_first = sorted(
+                objects[image["id"]], key=lambda entry: (not entry["iscrowd"], -entry["area"]))
+            for entry in large_first:
+                value = usage.VOID if entry["iscrowd"] else labels[entry["category_id"]]
+                mask[draw_outline(entry["segmentation"], *mask.shape)] = value
+        if (images / name).is_file():
+            mask = turned_like(mask, images / name)
         usage.save_mask(drawn, mask)
 
 
-def draw_outline(outline, height, width):
-    """An object of COCO's as (H, W) bool: a list of polygons [x, y, x, y, ...], or runs {"counts": ..., "size": [H, W]}.
+def turned_like(mask, path):
+    """A mask (H, W), turned as a photograph is for viewing, if it has the size of the stored one."""
+    with usage.reading(path, "cannot be read as an image"), Image.open(path) as photograph:
+        turn = usage.TURNS.get(usage.orientation(photograph))
+        if turn is None or photograph.size != mask.shape[::-1]:
+            return mask
+        return np.array(Image.fromarray(mask).transpose(turn))
 
-    Runs are lengths down the columns, first of background, then of the object, and so on. Format: COCO's maskApi.
+
+def draw_outline(outline, height, width):
+    """An object of COCO's as (H, W) bool.
+
+    outline: a list of polygons [x, y, x, y, ...], or runs {"counts": [...], "size": [H, W]}, which
+    are lengths down the columns, first of background, then of the object, and so on. A polygon of
+    fewer than three points covers nothing. Format: COCO's maskApi.
     """
     if isinstance(outline, list):
-        fine = 4                                                    # drawn larger: Pillow's polygons include their edges
+        fine = 4                                                # Pillow's polygons include their edges
         canvas = Image.new("L", (fine * width, fine * height))
         for polygon in outline:
-            ImageDraw.Draw(canvas).polygon([(fine * x, fine * y) for x, y in zip(polygon[::2], polygon[1::2])], fill=255)
+            points = [(fine * x, fine * y) for x, y in zip(polygon[::2], polygon[1::2])]
+            if len(points) >= 3:
+                ImageDraw.Draw(canvas).polygon(points, fill=255)
         return np.array(canvas.reduce(fine)) > 150
     runs = outline["counts"]
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return inside.reshape(width, height).T
 
 
 if __name__ == "__main__":

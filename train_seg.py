@@ -1,11 +1,13 @@
-"""Stage 3: train an ordinary segmentation network on the pseudo masks, and let it label the val images.
+"""Stage 3: train an ordinary segmentation network on the pseudo masks, and label the val images.
 
     python train_seg.py --run runs/toy-resnet50
-    python train_seg.py --run runs/toy-resnet50 --pseudo-masks DIR     on anybody's pseudo masks of the same images
+    python train_seg.py --run runs/toy-resnet50 --pseudo-masks DIR     other masks of the same images
 
-The network of stage 1 with torchvision's DeepLab head. Reads classifier.pt and .json, seeds.json and pseudo_masks/. Writes
-segmenter.pt, its log segmenter.jsonl, segmentation/<id>.png and what those were made with, segmentation.json, into the run
-folder; started again, it goes on after the last finished epoch. No true mask is opened. Next: eval.py.
+The network of stage 1 with torchvision's DeepLab head. Reads train/pseudo_masks/. Writes into the run
+    segmenter.pt, segmenter.jsonl       the network after the last complete epoch, and its log
+    segmentation/<id>.png               label maps of the val images, and their settings.json
+If interrupted, run it again: it continues after the last complete epoch. It opens no true mask.
+Next: eval.py.
 """
 
 import argparse
@@ -21,24 +23,88 @@ from torchvision.transforms import v2
 
 import usage
 
-# The defaults, per kind of network and of start. All numbers OURS; the authors' own segmentation is DeepLab or larger.
+# The defaults, by kind of network and of initial weights. OURS: all numbers.
 RECIPES = {
     ("cnn", "scratch"): dict(epochs=4, batch_size=16, lr=3e-4),
     ("transformer", "scratch"): dict(epochs=4, batch_size=16, lr=3e-4),
     ("cnn", "pretrained"): dict(epochs=5, batch_size=16, lr=1e-4),
     ("transformer", "pretrained"): dict(epochs=8, batch_size=16, lr=1e-4),
 }
-SCALES = (1.0, 1.5)                 # OURS: at test time, each with its mirror image
+SCALES = (1.0, 1.5)     # OURS: of the predicted images, each with its mirror image
+
+
+def parse_arguments():
+    number = usage.number
+    parser = usage.CommandLine(__doc__, RECIPES)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--run", type=Path, default=Path("runs/toy-resnet50"),
+        help="folder of stages 1 and 2 (default runs/toy-resnet50)")
+    add("--data", type=Path, help="where the data lies now, if it has moved since stage 1")
+    add("--pseudo-masks", type=Path,
+        help="label maps to learn from; 255 is ignored (default: those of make_seeds.py)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=number(1, 10**6, int), help="passes over the pseudo masks")
+    add("--batch-size", type=number(2, 10**6, int),
+        help="images of a step, over all processes; halve it when memory runs out")
+    add("--lr", type=number(0, 1e6),
+        help="initial learning rate of the trunk; the new head gets 10 times that")
+    add("--seed", dest="random_seed", type=number(0, 2**32, int), default=0,
+        help="seed of all random numbers (default 0)")
+
+    add = parser.add_argument_group("prediction").add_argument
+    add("--refine", action=argparse.BooleanOptionalAction, default=True,
+        help="refine the predicted label maps along image edges (default)")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS,
+        help=f"processes that load images (default {usage.WORKERS})")
+    add("--device", default="auto", help="cuda, cpu, ... (default: CUDA if available)")
+    return parser.parse_args()
+
+
+def find_pseudo_masks(args, data, settings):
+    """The paths of the training images' pseudo masks, and what they were made with."""
+    folder = args.pseudo_masks
+    made_with = None
+    remedy = "add it, or correct --pseudo-masks"
+    if folder is None:
+        folder = args.run / "train/pseudo_masks"
+        remedy = f"run make_seeds.py --run {args.run} first"
+        made_with = usage.read_json(args.run / "train/settings.json", {"classifier": dict}, remedy)
+        if made_with["classifier"] != settings:
+            raise usage.InputError(f"{args.run}/train: made with a different classifier; run "
+                                   f"make_seeds.py --run {args.run} again")
+    truth = Path(args.data or data["root"], data["masks"]["train"])
+    if folder.resolve() == truth.resolve():
+        raise usage.InputError(f"{folder}: is the folder of the true masks; use another folder")
+    files = usage.image_files(folder, (".png",))
+    missing = [name for name in data["train"] if name not in files]
+    if missing:
+        raise usage.InputError(f"{folder}/{missing[0]}.png: missing; {remedy}")
+    paths = [files[name] for name in data["train"]]
+    masks = (usage.read_mask(path, None, len(data["classes"])) for path in paths)
+    if args.pseudo_masks and not any(((mask > 0) & (mask < usage.VOID)).any() for mask in masks):
+        raise usage.InputError(f"{folder}: no mask has a pixel of any class, only 0 (background) "
+                               "and 255 (void); write class numbers, 1 for the first class")
+    return paths, made_with
 
 
 @torch.no_grad()
-def predict(segmenter, image, size, refine):
-    """The label map (H, W) of an image (1, 3, H, W): scales and flips voted by probability, edges as those of seeds."""
-    logits = usage.multi_scale_activations(segmenter, image, size, SCALES, flip=True)
-    votes = sum(F.interpolate(s.float(), image.shape[-2:], mode="bilinear", align_corners=False).softmax(1)
-                for s in logits)                                                    # (1, C + 1, H, W)
-    share = votes[:, 1:] / (votes[:, 1:] + votes[:, :1])        # (1, C, H, W), above 0.5 where a class beats the background
-    classes = (share.amax((0, 2, 3)) > 0.1).nonzero()[:, 0]                         # (K,) those in question
+def predict(segmenter, image, longer, refine):
+    """The label map (h, w) of an image (1, 3, h, w), its longer side at scale 1 given in pixels.
+
+    Probabilities are averaged over scales and flips, then refined along edges like the seeds.
+    """
+    logits = usage.multi_scale_activations(segmenter, image, longer, SCALES, flip=True)
+    votes = 0
+    for s in logits:
+        s = F.interpolate(s.float(), image.shape[2:], mode="bilinear", align_corners=False)
+        votes = votes + s.softmax(1)                                        # (1, C + 1, h, w)
+    # A class's share against the background is above 0.5 where it beats it.
+    share = votes[:, 1:] / (votes[:, 1:] + votes[:, :1])                    # (1, C, h, w)
+    classes = (share.amax((0, 2, 3)) > 0.1).nonzero()[:, 0]                 # (K,) those in question
     share = share[:, classes]
     if refine and len(classes):
         share = usage.refine_maps(image, share, 0.5)
@@ -46,102 +112,89 @@ def predict(segmenter, image, size, refine):
 
 
 def main():
-    number = usage.number
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     epilog="Flags without a default here take it from the table RECIPES in this file.")
-    parser.error = usage.fail
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/toy-resnet50"), help="folder of stages 1 and 2 (default runs/toy-resnet50)")
-    add("--data", help="where the data lies now, if it has moved since stage 1")
-    add("--pseudo-masks", type=Path, help="label maps to learn from; 255 is ignored (default: what make_seeds.py left)")
-    add("--epochs", type=number(1, 10**6, int))
-    add("--batch-size", type=number(2, 10**6, int), help="over all processes; halve it when memory runs out")
-    add("--lr", type=number(0, 1e6), help="start of the polynomial schedule for the trunk; the new head gets 10 times that")
-    add("--refine", action=argparse.BooleanOptionalAction, default=True,
-        help="let the predicted label maps follow the edges of the image (default yes)")
-    add("--seed", type=number(0, 2**32, int), default=0, help="of all random numbers (default 0)")
-    add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS, help=f"load images (default {usage.WORKERS})")
-    add("--device", default="auto", help="cuda, cpu, ... (default: CUDA where there is one)")
-    args = parser.parse_args()
+    args = parse_arguments()
     device = usage.start_processes(args.device)
 
     # ---- the run so far
-    segmenter, trained = usage.load_classifier(args.run)
+    trained, data = usage.read_run(args.run)
+    classes = data["classes"]
+    segmenter = usage.load_classifier(args.run, trained, len(classes))
     usage.take_defaults(args, RECIPES, trained["backbone"], trained["weights"])
-    folder = args.pseudo_masks or args.run / "pseudo_masks"
-    remedy = "add it, or correct --pseudo-masks" if args.pseudo_masks else f"run make_seeds.py --run {args.run} to its end"
-    data = usage.open_run_data(args.run, trained, args.data, [folder])
-    ids, val_ids = data.ids(trained["split"]), data.ids("val") if "val" in data.splits else []
-    if not args.pseudo_masks:
-        seeds, files = args.run / "seeds.json", usage.fingerprint(ids, data.labels(ids), *data.sizes(ids))
-        made_of = {"classifier": trained["classifier"], "input_files": files}
-        usage.check_settings(seeds, usage.read_json(seeds, remedy=remedy), made_of, remedy)
-    masks = [folder / f"{name}.png" for name in ids]
-    for mask in masks:
-        if not usage.is_there(mask):
-            raise usage.InputError(f"{mask}: not there, or empty; {remedy}")
-    transform = v2.Compose([v2.RandomResizedCrop(trained["size"], scale=(0.4, 1.0)), v2.RandomHorizontalFlip(),
-                            v2.ColorJitter(*3 * [trained["jitter"]]), usage.TO_TENSOR])
-    photographs = usage.Photographs(data, ids, folder, transform, args.seed)
+    _, images, _ = usage.read_split(data, "train", trained, args.data)
+    val_ids, val_images, _ = usage.read_split(data, "val", trained, args.data)
+    masks, seeds = find_pseudo_masks(args, data, trained)
+    settings = {
+        "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
+        "random_seed": args.random_seed, "pseudo_masks": usage.fingerprint(*masks),
+        "seeds": seeds, "classifier": trained}
+    transform = v2.Compose([
+        v2.RandomResizedCrop(trained["size"], scale=(0.4, 1.0)), v2.RandomHorizontalFlip(),
+        v2.ColorJitter(trained["jitter"], trained["jitter"], trained["jitter"]), usage.TO_TENSOR])
+    photographs = usage.Photographs(images, masks, len(classes), transform, args.random_seed)
     loader = usage.training_loader(photographs, args.batch_size, args.workers, device)
-    print(f"{data.root}: {len(ids)} label maps of {folder}; {trained['backbone']} with DeepLab's head on {device} x "
-          f"{usage.WORLD}")
+    print(f"{len(masks)} label maps of {masks[0].parent}; {trained['backbone']} with DeepLab's head on "
+          f"{device} x {usage.WORLD}")
 
     # ---- network and optimiser
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.random_seed)
     channels = segmenter.classifier.in_channels
-    segmenter.classifier = DeepLabHead(channels, len(data.classes) + 1, atrous_rates=(6, 12, 18))   # DeepLab's at stride 16
+    segmenter.classifier = DeepLabHead(
+        channels, len(classes) + 1, atrous_rates=(6, 12, 18))   # DeepLab's at stride 16
     segmenter = segmenter.to(device, memory_format=torch.channels_last)
     groups = [{"params": segmenter.trunk.parameters(), "lr": args.lr},
               {"params": segmenter.classifier.parameters(), "lr": 10 * args.lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=trained["weight_decay"], fused=True)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimiser, args.epochs * len(loader), power=0.9)
+    steps = args.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimiser, steps, power=0.9)
     ddp = nn.parallel.DistributedDataParallel(segmenter) if usage.WORLD > 1 else segmenter
 
     # ---- training
-    settings = {"classifier": trained["classifier"], "input_files": usage.fingerprint(ids, data.sizes(ids), *masks),
-                "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
-    val = usage.fingerprint(val_ids, data.sizes(val_ids))
-    predicted_with = settings | {"refine": args.refine, "split": "val", "val": val, "classes": data.classes,
-                                 "data": str(data.root.resolve())}
-    usage.check_results(args.run / "segmentation.json", predicted_with, [args.run / "segmentation"])
+    usage.lock(args.run)
     parts = {"segmenter": segmenter, "optimiser": optimiser, "schedule": schedule}
-    for _, log in usage.training_epochs(args.run / "segmenter.pt", settings, parts, {"epoch": 0}, args.epochs, loader):
+    progress = {"epoch": 0, "log": []}
+    for epoch in usage.training_epochs(
+            args.run / "segmenter.pt", settings, parts, progress, args.epochs, loader):
         segmenter.train()
-        for images, labels in loader:
+        done = epoch * len(loader) * args.batch_size
+        for (images, masks), record in usage.counted(
+                loader, steps * args.batch_size, done, args.batch_size, progress["log"]):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            labels = labels.to(device, non_blocking=True).long()                # (B, H, W), the pseudo masks
-            logits = ddp(images)                                                # (B, C + 1, h, w)
-            logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
-            counted = (labels != usage.VOID).sum().clamp_min(1)
-            loss = F.cross_entropy(logits, labels, ignore_index=usage.VOID, reduction="sum") / counted
+            images = usage.NORMALISE(images)                                # (B, 3, H, W)
+            masks = masks.to(device, non_blocking=True).long()              # (B, H, W)
+            logits = ddp(images).float()                                    # (B, C + 1, h, w)
+            logits = F.interpolate(
+                logits, masks.shape[1:], mode="bilinear", align_corners=False)
+            certain = (masks != usage.VOID).sum().clamp_min(1)
+            loss = F.cross_entropy(logits, masks, ignore_index=usage.VOID, reduction="sum") / certain
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            lr = schedule.get_last_lr()[0]
-            print(log.line(args.batch_size, loss=usage.process_mean(loss)[0], lr=lr), end="", flush=True)
+            record["loss"], = usage.process_mean(loss)
+            record["lr"] = schedule.get_last_lr()[0]
             schedule.step()
 
     # ---- prediction
-    usage.wait_for_all()                                                        # for the file
-    predicted_with["segmenter"] = usage.fingerprint(args.run / "segmenter.pt")
-    usage.check_results(args.run / "segmentation.json", predicted_with, [args.run / "segmentation"])
-    todo = [name for name in val_ids[usage.RANK::usage.WORLD] if not usage.is_there(args.run / f"segmentation/{name}.png")]
-    print(f"\nlabelling {len(val_ids)} images of val")
+    if not val_ids:
+        print("no val images to predict")
+        return
+    print(f"predicting {len(val_ids)} images of val into {args.run / 'segmentation'}")
     segmenter.eval()
-    log = usage.Log(args.run / "segmentation.jsonl", len(todo), folders=[args.run / "segmentation"])
-    if val_ids:
-        usage.write_json(args.run / "segmentation.json", predicted_with)
-    images = usage.Photographs(data, todo, torch.zeros(len(todo)))
-    for name, (image, _) in zip(todo, DataLoader(images, batch_size=None, num_workers=args.workers)):
-        labels = predict(segmenter, image[None].to(device), trained["size"], args.refine)
-        usage.save_mask(args.run / f"segmentation/{name}.png", labels.cpu())
-        print(log.line(1), end="", flush=True)
-    usage.wait_for_all()
-    if val_ids and data.has_masks(val_ids):
-        print(f"\nnext: python eval.py --run {shlex.quote(str(args.run))}")
+    predicted_with = {
+        "refine": args.refine, **settings,
+        "segmenter": usage.fingerprint(*segmenter.state_dict().values())}
+    with usage.whole_folder(args.run / "segmentation", predicted_with) as folder:
+        todo = [k for k in range(usage.RANK, len(val_ids), usage.WORLD)
+                if not (folder / f"{val_ids[k]}.png").is_file()]
+        photographs = usage.WholePhotographs([val_images[k] for k in todo])
+        loader = DataLoader(photographs, batch_size=None, num_workers=args.workers)
+        for (k, (image, size)), _ in usage.counted(zip(todo, loader), len(todo)):
+            image = usage.NORMALISE(image[None].to(device))                 # (1, 3, h, w)
+            labels = predict(segmenter, image, trained["size"], args.refine).cpu()
+            usage.save_mask(folder / f"{val_ids[k]}.png", usage.enlarged(labels, size))
+    if usage.true_masks(data, "val", args.data) or data["outlines"]["val"]:
+        print(f"next: python eval.py --run {shlex.quote(str(args.run))}")
 
 
 if __name__ == "__main__":
-    with usage.one_line_errors("run the same command again: it goes on after the last finished epoch"):
+    with usage.one_line_errors("run the same command again: it continues where it stopped"):
         main()
