@@ -64,12 +64,16 @@ def at_threshold(counts, threshold):
 
 
 def means(confusion):
-    """{"mIoU", "FPR", "FNR"} over the classes of the truth, and "area": predicted over true pixels."""
-    occurs = confusion.sum(1) > 0                               # (C + 1,), at every threshold the same
+    """{"mIoU", "FPR", "FNR"}: means over the classes that the truth has; "area" of the foreground.
+
+    The classes are the same at every threshold. Area: predicted over true pixels. None for what
+    would be no number.
+    """
+    occurs = confusion.sum(1) > 0                               # (C + 1,)
     scores = metrics(confusion)
     values = {"mIoU": scores["IoU"][occurs].mean(), "FPR": scores["FPR"][occurs].mean(),
               "FNR": scores["FNR"][occurs].mean(),
-              "area": confusion[:, 1:].sum() / confusion[1:].sum()}         # of the foreground
+              "area": confusion[:, 1:].sum() / confusion[1:].sum()}
     return {key: value.item() if value.isfinite() else None for key, value in values.items()}
 
 
@@ -95,11 +99,13 @@ def show(entry):
           f"foreground {entry['area']:.2f} x the true area")
 
 
-def check_truth(counts, folder, classes, named):
+def check_truth(counts, truth, classes, named=()):
     """InputError if the true masks have no foreground; a warning for named classes that they lack.
 
-    counts: (C + 1, ...) pixels by true class; named: the classes that the images' labels name.
+    counts: (C + 1, ...) pixels by true class; truth {id: path}; named: the classes that the labels
+    of these images name.
     """
+    folder = next(iter(truth.values())).parent
     pixels = counts.flatten(1).sum(1)                           # (C + 1,)
     if pixels[1:].sum() == 0:
         raise usage.InputError(
@@ -114,7 +120,7 @@ def check_truth(counts, folder, classes, named):
 def check_turns(images):
     """A warning for photographs that are stored turned, given by their paths."""
     turned = 0
-    for path in images:
+    for path in filter(Path.is_file, images):
         with usage.reading(path, "cannot be read as an image"), Image.open(path) as image:
             turned += usage.orientation(image) != 1
     if turned:
@@ -123,7 +129,7 @@ def check_turns(images):
 
 
 def compare(predictions, truth, num_classes):
-    """Pixels by (true class, predicted class, 255) of two {id: path of a label map}, without void."""
+    """`count_levels` of label maps, all at level 255. predictions, truth: {id: path}."""
     counts = 0
     for (name, path), _ in usage.counted(predictions.items(), len(predictions)):
         true = usage.read_mask(truth[name], None, num_classes)
@@ -138,54 +144,63 @@ def compare(predictions, truth, num_classes):
 def measure_run(run, root, with_sweep):
     """Entries of report.json for what is found in a run folder."""
     trained, data = usage.read_run(run)
-    classes = data["classes"]
     root = root or Path(data["root"])
     entries, seeds = [], None
     for name, split in (("train", "train"), ("val", "val"), ("segmentation", "val")):
         folder = run / name
         if not folder.is_dir():
             continue
+        kinds = {"classifier": dict, "refine": bool}
+        if name != "segmentation":
+            kinds["threshold"] = (int, float)
         remedy = f"remove {folder} and run its stage again"
-        made_with = usage.read_json(folder / "settings.json", {"classifier": dict}, remedy)
+        made_with = usage.read_json(folder / "settings.json", kinds, remedy)
         if name == "train":
             seeds = made_with
         if made_with["classifier"] != trained:
             print(f"{folder}: made with a different classifier, so not measured; {remedy}")
-            continue
-        if name == "segmentation" and seeds and made_with.get("seeds") not in (None, seeds):
+        elif name == "segmentation" and seeds and made_with.get("seeds") not in (None, seeds):
             print(f"{folder}: made from other seeds, so not measured; run train_seg.py again")
-            continue
-        truth = find_truth(data, split, root)
-        where = f"{folder}, {len(truth)} of {len(data[split])} images of {split} with a true mask"
-        if not truth:
-            print(f"{where}: not measured")
-            continue
-        masks = next(iter(truth.values())).parent
-        if data["outlines"][split] is None:
-            check_turns(root / data[split][key][0] for key in truth)
-        if name == "segmentation":
-            predictions = {key: folder / f"{key}.png" for key in truth}
-            counts = compare(predictions, truth, len(classes))
-            check_truth(counts, masks, classes, ())
-            entries.append(summary(
-                at_threshold(counts, 0), classes, what="segmentation", where=where,
-                threshold="none (argmax, refined)" if made_with.get("refine") else "none (argmax)"))
-            continue
-        with usage.reading(folder / "settings.json", remedy):
-            threshold = float(made_with["threshold"])
-        where += ", given labels" if split == "train" else ", predicted labels"
-        counts = count_maps(folder, truth, len(classes))
-        named = {label for key in truth for label in data[split][key][1] or ()}
-        check_truth(sum(counts["seeds"]), masks, classes, named)
-        for what, (first, second) in counts.items():
-            entries.append(summary(
-                at_threshold(first + second, threshold), classes, what=what, where=where,
-                threshold=threshold))
-        if with_sweep:
-            entries += sweep(counts, classes, where, threshold)
+        else:
+            truth = find_truth(data, split, root)
+            where = f"{folder}, {len(truth)} of {len(data[split])} images of {split} with a mask"
+            if not truth:
+                print(f"{where}: not measured")
+            elif name == "segmentation":
+                entries.append(measure_segmentation(folder, truth, data, where, made_with))
+            else:
+                entries += measure_seeds(folder, truth, data, split, where, made_with, with_sweep)
     if not entries:
         raise usage.InputError(f"{run}: nothing to measure; run make_seeds.py for it, add true "
                                "masks, or check --run and --data")
+    return entries
+
+
+def measure_segmentation(folder, truth, data, where, made_with):
+    """The entry for the label maps that stage 3 predicted."""
+    classes = data["classes"]
+    predictions = {name: folder / f"{name}.png" for name in truth}
+    counts = compare(predictions, truth, len(classes))
+    check_truth(counts, truth, classes)
+    how = "none (argmax, refined)" if made_with["refine"] else "none (argmax)"
+    return summary(
+        at_threshold(counts, 0), classes, what="segmentation", where=where, threshold=how)
+
+
+def measure_seeds(folder, truth, data, split, where, made_with, with_sweep):
+    """Entries for the seeds and pseudo masks of stage 2, at its threshold and at others."""
+    classes, threshold = data["classes"], made_with["threshold"]
+    where += ", given labels" if split == "train" else ", predicted labels"
+    counts = count_maps(folder, truth, len(classes))
+    named = {label for name in truth for label in data[split][name][1] or ()}
+    check_truth(sum(counts["seeds"]), truth, classes, named)
+    entries = []
+    for what, halves in counts.items():
+        entries.append(summary(
+            at_threshold(sum(halves), threshold), classes, what=what, where=where,
+            threshold=threshold))
+    if with_sweep:
+        entries += sweep(counts, classes, where, threshold)
     return entries
 
 
@@ -250,7 +265,7 @@ def compare_folders(args):
         raise usage.InputError(f"{args.truth}/{missing[0]}.png: missing; add it, or remove it from "
                                f"{args.pred}")
     counts = compare(predictions, truth, len(classes))
-    check_truth(counts, args.truth, classes, ())
+    check_truth(counts, truth, classes)
     where = f"{args.pred}, all {len(predictions)} images, {len(truth)} in {args.truth}"
     return [summary(at_threshold(counts, 0), classes, what="label maps", where=where,
                     threshold="none (label maps)")]
@@ -263,8 +278,8 @@ def main():
         help="a run folder (default runs/toy-resnet50); report.json is written into it")
     add("--data", type=Path, help="where the data lies now, if it has moved since stage 1")
     add("--sweep", action="store_true",
-        help="also measure the seeds at their best thresholds: one chosen on every second image and "
-             "measured on the others, and one chosen on all (an oracle)")
+        help="also measure the seeds at their best thresholds: one chosen on every second image "
+             "and measured on the others, and one chosen on all (an oracle)")
     add = parser.add_argument_group("two folders").add_argument
     add("--pred", type=Path, help="a folder of label PNGs to compare with --truth")
     add("--truth", type=Path,
@@ -303,7 +318,10 @@ def find_truth(data, split, root):
         if before != drawn_with:
             with usage.whole_folder(folder, drawn_with) as partial:
                 draw_coco_masks(root / outlines, root / f"{split}2014", data["classes"], partial)
-    return usage.true_masks(data, split, root)
+    truth = usage.true_masks(data, split, root)
+    if not outlines:
+        check_turns(root / data[split][name][0] for name in truth)
+    return truth
 
 
 def draw_coco_masks(path, images, classes, folder):
@@ -338,7 +356,7 @@ def draw_coco_masks(path, images, classes, folder):
 
 
 def turned_like(mask, path):
-    """A mask (H, W), turned as a photograph is for viewing, if it has the size of the stored one."""
+    """A mask (H, W), turned as its photograph is for viewing, if it has the stored one's size."""
     with usage.reading(path, "cannot be read as an image"), Image.open(path) as photograph:
         turn = usage.TURNS.get(usage.orientation(photograph))
         if turn is None or photograph.size != mask.shape[::-1]:
@@ -354,7 +372,7 @@ def draw_outline(outline, height, width):
     fewer than three points covers nothing. Format: COCO's maskApi.
     """
     if isinstance(outline, list):
-        fine = 4                                                # Pillow's polygons include their edges
+        fine = 4        # drawn larger, as Pillow's polygons include their edges
         canvas = Image.new("L", (fine * width, fine * height))
         for polygon in outline:
             points = [(fine * x, fine * y) for x, y in zip(polygon[::2], polygon[1::2])]

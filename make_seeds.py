@@ -1,4 +1,4 @@
-"""Stage 2: seed areas from the classifier of stage 1, and the pseudo masks that stage 3 learns from.
+"""Stage 2: seed areas from the classifier of stage 1, and pseudo masks for stage 3 to learn from.
 
     python make_seeds.py --run runs/toy-resnet50                    training images, given labels
     python make_seeds.py --run runs/toy-resnet50 --split val        val images, predicted labels
@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 
 import usage
 
-# The defaults, by kind of network and of initial weights, all OURS. At scale 1 the photograph's longer
-# side is the size of training. CNNs, whose training crops enlarge the photograph, gain from finer maps
-# (IRN has 0.5 to 2); Transformers stay near the grid that their position embedding knows. The
-# threshold is a round number in the middle, and one chosen on every second VOC photograph for
-# pretrained Transformers (EVIDENCE.md); eval.py --sweep shows how others do. Patch affinity needs
-# attention that has learnt about objects; trained from scratch on the toy, it floods the scene.
+# The defaults, by kind of network and of initial weights, all OURS. At scale 1 the photograph's
+# longer side is the size of training. CNNs, whose training crops enlarge the photograph, gain from
+# finer maps (IRN has 0.5 to 2); Transformers stay near the grid that their position embedding
+# knows. The threshold is a round number in the middle; for pretrained Transformers it was chosen on
+# every second VOC photograph (EVIDENCE.md); eval.py --sweep shows how others do. Patch affinity
+# needs attention that has learnt about objects; learnt from scratch on the toy, it floods the scene.
 RECIPES = {
     ("cnn", "scratch"): dict(threshold=0.4, scales=[1.0, 1.5, 2.0], affinity=False),
     ("transformer", "scratch"): dict(threshold=0.4, scales=[0.75, 1.0, 1.25], affinity=False),
@@ -67,7 +67,7 @@ def parse_arguments():
     add("--affinity", action=argparse.BooleanOptionalAction,
         help="Transformers: spread the maps by the attention among patches")
     add("--refine", action=argparse.BooleanOptionalAction, default=True,
-        help="refine pseudo masks along image edges (default); with --no-refine they equal the seeds")
+        help="refine pseudo masks along image edges (default); without, they equal the seeds")
 
     add = parser.add_argument_group("machine").add_argument
     add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS,
@@ -87,10 +87,10 @@ def predict_classes(network, image, settings, args):
     view = F.interpolate(image, square, mode="bilinear", antialias=True)
     s, alpha = usage.activations_and_alpha(
         network, view, settings["temperature"], settings["attention"])
-    scores = usage.class_scores(s, alpha)[0]
+    scores = usage.class_scores(s, alpha)[0].double()
     if args.class_threshold is None:
         return scores > settings["score_threshold"]
-    return scores.double().sigmoid() > args.class_threshold
+    return scores.sigmoid() > args.class_threshold
 
 
 def seed_of(network, image, present, longer, args):
@@ -155,8 +155,9 @@ def main():
     with usage.whole_folder(target, made_with, ["seeds", "pseudo_masks", "maps"]) as folder:
         mine = range(usage.RANK, len(ids), usage.WORLD)
         todo = [k for k in mine if not (folder / f"maps/{ids[k]}.npz").is_file()]
-        print(f"{'predicted' if predicted else 'given'} labels, threshold {args.threshold}: seeds of "
-              f"{len(ids)} images into {target}, {len(mine) - len(todo)} are already done")
+        source = "predicted" if predicted else "given"
+        print(f"seeds of {len(ids)} images from {source} labels at threshold {args.threshold} into "
+              f"{target}; {len(mine) - len(todo)} are already done")
 
         # ---- seeds
         photographs = usage.WholePhotographs([images[k] for k in todo], skip=bool(args.images))
@@ -261,7 +262,7 @@ def save_contact_sheet(folder, classes, images, truth, width=180, height=120):
 
 
 def heat_tile(photo, present, maps, classes):
-    """The strongest map over the photograph in grey: pixels (H, W, 3), and (text, colour) on them."""
+    """The strongest map over the grey photograph: pixels (H, W, 3), and (text, colour) on them."""
     grey = 0.35 * np.asarray(photo, dtype=np.float32).mean(2, keepdims=True) + np.zeros(3)
     if len(present) == 0:
         return grey, [("no class", "black")]

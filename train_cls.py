@@ -8,7 +8,7 @@
 Writes into the run folder:
     classifier.pt, classifier.jsonl     the networks after the last complete epoch, and its log
     images.json                         the data as it was found, which later stages read
-    settings.json                       the flags, the mAP, and from which score a class is predicted
+    settings.json                       the flags, the mAP, and the score that predicts a class
 If interrupted, run it again: it continues after the last complete epoch. It never opens a mask.
 Next: make_seeds.py.
 """
@@ -33,12 +33,13 @@ from torchvision.transforms import v2
 
 import usage
 
-# The defaults, by kind of network and of initial weights: ImageNet's, or none ("scratch"). PAPER: the
-# rule "CNN: large temperature, Transformer: small temperature". OURS: all numbers; the paper's are not
-# known to us. Temperatures, lambda (reg_weight) and reg_epochs were chosen on every second training
-# image of 1000 VOC photographs (pretrained) or on the toy (scratch), see EVIDENCE.md; the others were
-# hardly searched. The first `epochs` use L_GEN alone; the next `reg_epochs` add L_REG, once the
-# teacher has something to teach. `jitter` is of colours: off on the toy, where they hint at the class.
+# The defaults, by kind of network and of initial weights: ImageNet's, or none ("scratch").
+# PAPER: the rule "CNN: large temperature, Transformer: small temperature". OURS: all numbers; the
+# paper's are not known to us. Temperatures, lambda (reg_weight) and reg_epochs were chosen on every
+# second training image of 1000 VOC photographs (pretrained) or on the toy (scratch), see
+# EVIDENCE.md; the others were hardly searched. The first `epochs` use L_GEN alone; the next
+# `reg_epochs` add L_REG, once the teacher has something to teach. `jitter` is of colours: off on
+# the toy, where they hint at the class.
 RECIPES = {
     ("cnn", "scratch"): dict(
         temperature=math.inf, reg_weight=0.1, reg_temperature=1.0, teacher_temperature=0.7,
@@ -71,9 +72,11 @@ def parse_arguments():
     add("--run", type=Path,
         help="output folder (default: runs/DATA-BACKBONE, plus the objective's non-default flags)")
     add("--data", type=Path,
-        help='folder in the layout of PASCAL VOC or MS COCO, or "toy" (default), drawn into data/toy')
+        help='folder in the layout of PASCAL VOC or MS COCO; or "toy" (default), drawn into '
+             "data/toy")
     add("--download", action="store_true", help="fetch PASCAL VOC 2012 (2 GB) into --data first")
-    add("--backbone", default="resnet50", choices=usage.BACKBONES, help="network (default resnet50)")
+    add("--backbone", default="resnet50", choices=usage.BACKBONES,
+        help="network (default resnet50)")
     add("--weights",
         help='"imagenet" (default except on the toy), "none", or a state-dict file; BatchNorm is '
              "frozen in pretrained CNNs")
@@ -95,8 +98,8 @@ def parse_arguments():
     add("--weak-ratio", type=number(0, 1), default=0.5,
         help="the teacher's drop rate, as a fraction of the student's (default 0.5)")
     add("--adaptive", action=argparse.BooleanOptionalAction, default=True,
-        help="scale drop rates and lambda by the learning status (default), or keep them fixed once "
-             "L_REG starts")
+        help="scale drop rates and lambda by the learning status (default), or keep them fixed "
+             "once L_REG starts")
     add("--views", choices=("adjusted", "geometric"), default="adjusted",
         help="how the two views in L_REG differ: by dropping (default), or by the image, which the "
              "teacher sees mirrored and smaller")
@@ -111,7 +114,8 @@ def parse_arguments():
     add("--epochs", type=number(0, 10**6, int),
         help="epochs of the first learning-rate cycle, with L_GEN alone")
     add("--reg-epochs", type=number(0, 10**6, int),
-        help="epochs of the second cycle, with L_GEN + lambda * q * L_REG, at half the learning rate")
+        help="epochs of the second cycle, with L_GEN + lambda * q * L_REG, at half the peak "
+             "learning rate")
     add("--batch-size", type=number(2, 10**6, int),
         help="images of a step, over all processes; halve it when memory runs out")
     add("--lr", type=number(0, 1e6),
@@ -155,7 +159,7 @@ def see_as_teacher(teacher, images, views, size):
     """s', the teacher's view: through an adjusted network, or of other images, to compare with.
 
     images (B, 3, H, W); views: "adjusted", or "geometric" to mirror them and shrink them to 3/4;
-    size (h, w) of the student's map -> (B, C, h, w), no gradient, positions where the student's are.
+    size (h, w) of the student's map -> (B, C, h, w), each position where the student's is.
     """
     if views == "adjusted":
         return teacher(images)
@@ -218,7 +222,7 @@ def score_threshold(scores, labels):
 
     scores, labels in {0, 1}: (images, C). OURS: chosen on the training labels, without a mask.
     """
-    ranked = scores.flatten().sort(descending=True).values
+    ranked = scores.double().flatten().sort(descending=True).values
     count = int(labels.sum())
     return ranked[max(0, count - 1):count + 1].mean().item()    # between the last in and first out
 
@@ -242,8 +246,8 @@ def main():
     _, images, labels = usage.read_split(data, "train", settings, args.data)
     chance = usage.chance_loss(labels)                          # that of class frequencies alone
     if chance == 0:
-        raise usage.InputError(f"{args.data}: all images of train have the same classes; add images "
-                               "with others")
+        raise usage.InputError(f"{args.data}: all images of train have the same classes; add "
+                               "images with others")
     if not args.adaptive:
         chance = math.inf                                       # q is then always 1
 
@@ -295,7 +299,7 @@ def main():
             # Sec. 4.2: how far the classifier has come.
             q = usage.learning_status(progress["running_l_gen"], chance)
 
-            # Sec. 4.2: strong adjustment for the student, weak for the teacher, both growing with q.
+            # Sec. 4.2: strong adjustment for the student, weak for the teacher; both grow with q.
             usage.set_adjustment(student, max_rate * q)
             usage.set_adjustment(teacher, args.weak_ratio * max_rate * q)
 
@@ -344,7 +348,7 @@ def main():
 
 # ==== ImageNet weights ============================================================================
 
-DEIT_WEIGHTS = "https://dl.fbaipublicfiles.com/deit/{}.pth"     # Touvron et al., facebookresearch/deit
+DEIT_WEIGHTS = "https://dl.fbaipublicfiles.com/deit/{}.pth"     # of Touvron et al.
 DEIT_FILES = {
     "deit_tiny": "deit_tiny_patch16_224-a1311bcf",
     "deit_small": "deit_small_patch16_224-cd65a155",
@@ -376,14 +380,14 @@ def pretrained_weights(backbone, weights):
     remedy = "pass --weights FILE with a state dict, imagenet, or none"
     with usage.reading(f"weights {weights} of {backbone}", remedy):
         if weights != "imagenet":
-            state = usage.load_checkpoint(weights, remedy)
+            state = usage.load_checkpoint(Path(weights), {}, remedy)
         elif backbone in DEIT_FILES:
             url = DEIT_WEIGHTS.format(DEIT_FILES[backbone])
             state = torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True)
         else:
             versions = torchvision.models.get_model_weights(backbone)
             state = versions["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
-        state = state.get("model", state)                       # DeiT's files have it under this key
+        state = state.get("model", state)           # DeiT's files have it under this key
         if "patch_embed.proj.weight" in state:
             for theirs, ours in DEIT_NAMES:
                 state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
@@ -448,7 +452,7 @@ def read_ids(path, images):
         if name not in images:
             name = name.rpartition(".")[0]
         if name not in images:
-            raise usage.InputError(f"{path}: no image of the name {line}; add it, or remove the line")
+            raise usage.InputError(f"{path}: there is no image {line}; add it, or remove the line")
         ids.append(name)
     return list(dict.fromkeys(ids))
 
@@ -496,6 +500,7 @@ def read_voc(root):
     masks = str((folder / "SegmentationClass").relative_to(root))
     data = {"classes": classes, "masks": {"train": masks, "val": masks},
             "outlines": {"train": None, "val": None}, "train": {}, "val": {}}
+    remedy = "list its classes in labels.json, using the names in classes.txt (or VOC's)"
     for split, path in files.items():
         if split == "val" and not path.is_file():
             continue
@@ -504,8 +509,7 @@ def read_voc(root):
             names = None
             if split == "train" or (known and (table or (
                     folder / f"Annotations/{name}.xml").is_file())):
-                with usage.reading(f"{path}, image {name}", "list its classes in labels.json, using "
-                                   "the names in classes.txt (or VOC's)"):
+                with usage.reading(f"{path}, image {name}", remedy):
                     names = classes_of(name)
             data[split][name] = [str(images[name].relative_to(root)), names]
     return data
@@ -630,7 +634,7 @@ def draw_scene(rng, side):
     dark, light = (hsv(rng.uniform(0.15, 0.4), 0.18, rng.uniform(*values))
                    for values in ((0.5, 0.8), (0.7, 0.95)))
     fog = np.asarray(fog, dtype=np.float32)[..., None] / 255
-    photo = dark + fog * (light - dark)                                     # (fine, fine, 3) in [0, 1]
+    photo = dark + fog * (light - dark)                         # (fine, fine, 3) in [0, 1]
     mask = np.zeros((fine, fine), dtype=np.uint8)
 
     critters = []

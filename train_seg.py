@@ -1,9 +1,10 @@
 """Stage 3: train an ordinary segmentation network on the pseudo masks, and label the val images.
 
     python train_seg.py --run runs/toy-resnet50
-    python train_seg.py --run runs/toy-resnet50 --pseudo-masks DIR     other masks of the same images
+    python train_seg.py --run runs/toy-resnet50 --pseudo-masks DIR      other masks of the images
 
-The network of stage 1 with torchvision's DeepLab head. Reads train/pseudo_masks/. Writes into the run
+The network of stage 1 with torchvision's DeepLab head. Reads train/pseudo_masks/. Writes into the
+run folder
     segmenter.pt, segmenter.jsonl       the network after the last complete epoch, and its log
     segmentation/<id>.png               label maps of the val images, and their settings.json
 If interrupted, run it again: it continues after the last complete epoch. It opens no true mask.
@@ -132,8 +133,8 @@ def main():
         v2.ColorJitter(trained["jitter"], trained["jitter"], trained["jitter"]), usage.TO_TENSOR])
     photographs = usage.Photographs(images, masks, len(classes), transform, args.random_seed)
     loader = usage.training_loader(photographs, args.batch_size, args.workers, device)
-    print(f"{len(masks)} label maps of {masks[0].parent}; {trained['backbone']} with DeepLab's head on "
-          f"{device} x {usage.WORLD}")
+    print(f"{len(masks)} label maps of {masks[0].parent}; {trained['backbone']} with DeepLab's "
+          f"head on {device} x {usage.WORLD}")
 
     # ---- network and optimiser
     torch.manual_seed(args.random_seed)
@@ -165,7 +166,8 @@ def main():
             logits = F.interpolate(
                 logits, masks.shape[1:], mode="bilinear", align_corners=False)
             certain = (masks != usage.VOID).sum().clamp_min(1)
-            loss = F.cross_entropy(logits, masks, ignore_index=usage.VOID, reduction="sum") / certain
+            total = F.cross_entropy(logits, masks, ignore_index=usage.VOID, reduction="sum")
+            loss = total / certain
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

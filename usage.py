@@ -1,9 +1,9 @@
 """USAGE in plain PyTorch: seed areas for weakly supervised semantic segmentation.
 
 Peng et al., "USAGE: A Unified Seed Area Generation Paradigm for Weakly Supervised Semantic
-Segmentation", ICCV 2023 (arXiv 2303.07806). We know the paper's abstract, its overview figure and a
-third-party digest. "Source: Sec. 4.x" and PAPER mark what these say. OURS marks what they do not say
-(the paper may), with the reason for our choice.
+Segmentation", ICCV 2023 (arXiv 2303.07806). We know the paper's abstract, its overview figure and
+a third-party digest. "Source: Sec. 4.x" and PAPER mark what these say. OURS marks what they do not
+say (the paper may), with the reason for our choice.
 
     1. The paper    Sec. 4.1  spatial_activation_distribution (alpha), class_scores (s~),
                               generation_loss (L_GEN)
@@ -14,8 +14,8 @@ third-party digest. "Source: Sec. 4.x" and PAPER mark what these say. OURS marks
     3. Networks     build_network: a CNN or a Transformer that maps images to activations
     4. Plumbing     images and masks, the run folder, the frame of a training
 
-The functions of sections 1 and 2 need `import torch` and `import torch.nn.functional as F` only, and
-do not call each other: any one of them can be copied.
+The functions of sections 1 and 2 need `import torch` and `import torch.nn.functional as F` only,
+and do not call each other: any one of them can be copied.
 
 Letters: B images, C classes, K classes present in an image, D channels, h x w positions of the
 activation map (N = h*w), H x W pixels of the image; s activation, alpha spatial activation
@@ -126,8 +126,8 @@ def consistency_loss(activations, teacher_activations, labels, temperature, teac
                        sum_i beta'[c,i] * (log beta'[c,i] - log beta[c,i])
 
     activations (s), teacher_activations (s'): (B, C, h, w), any floating type; labels (B, C) in
-    {0, 1}; temperature (tau2), teacher_temperature (tau2') > 0 -> scalar >= 0, float32. Raises
-    ValueError for other temperatures. No gradient reaches the teacher. 0, with zero gradients, if
+    {0, 1}; temperature (tau2), teacher_temperature (tau2') > 0 -> scalar, float32, >= 0 up to
+    rounding. Raises ValueError for other temperatures. No gradient reaches the teacher. 0, with zero gradients, if
     no class is present. Source: Sec. 4.2.
     """
     if not (temperature > 0 and teacher_temperature > 0):
@@ -210,12 +210,14 @@ def ema_teacher(student, decay):
 
         teacher <- decay * teacher + (1 - decay) * student
 
-    at each call of `teacher.update_parameters(student)`; the first call copies the student. Floating
-    buffers are averaged too, integer ones copied. The averaged network is `teacher.module`.
-    Keep it in training mode, in which it is returned, or it does not drop anything. In that mode it
-    also updates its own BatchNorm statistics, which the next average mixes with the student's.
+    at each call of `teacher.update_parameters(student)`; the first call copies the student. Buffers
+    are averaged too, integer ones copied. The averaged network is `teacher.module`. It is returned
+    in training mode: keep it so, or it does not drop anything. In that mode it also updates its own
+    BatchNorm statistics, which the next average mixes with the student's.
     decay in [0, 1], ValueError otherwise. Source: Sec. 4.2.
     """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be in [0, 1], got {decay}")
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
 
     def average_or_copy(teachers, students, updates):
@@ -312,15 +314,15 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
             views.append(inner.unfold(2, h, d).unfold(3, w, d).permute(2, 3, 0, 1, 4, 5))
         return views
 
-    # The affinities, from differences in colour. A window's centre differs by 0 from itself: it adds
-    # nothing to sums over the neighbours, and gets no weight.
+    # The affinities, from differences in colour. A window's centre does not differ from itself: it
+    # adds nothing to sums over the neighbours, and gets no weight.
     n = 8 * len(dilations)
     difference = torch.stack(windows(F.pad(x, 4 * (reach,), mode="replicate"))) - x
     mean = difference.sum((0, 1, 2)) / n                                        # (B, 3, h, w)
     squares = (difference ** 2).sum((0, 1, 2))
     sigma = ((squares - n * mean ** 2).clamp_min(0) / (n - 1)).sqrt() + 1e-8    # (B, 3, h, w)
     logits = difference.abs_().div_(-0.1 * sigma).mean(4, keepdim=True)
-    logits[:, 1, 1] = -torch.inf                                                # (6, 3, 3, B, 1, h, w)
+    logits[:, 1, 1] = -torch.inf                                    # (6, 3, 3, B, 1, h, w)
     a = logits.flatten(0, 2).softmax(0).view(logits.shape)
 
     # The iterations. Three dilations at a time: few calls, and products that fit into the cache.
@@ -370,7 +372,7 @@ class ActivationNetwork(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
 
     def forward(self, images, return_attention=False):
-        """(B, 3, H, W) -> activations (B, C, h, w); with `return_attention` also a Transformer's."""
+        """(B, 3, H, W) -> activations (B, C, h, w), on request with a Transformer's attention."""
         attention = None
         with fast_autocast(images.device):
             if return_attention:
@@ -469,8 +471,9 @@ def build_network(backbone, num_classes, state=None, frozen=False):
     branches = {"BasicBlock": ["bn2"], "Bottleneck": ["bn3"], "InvertedResidual": ["conv"],
                 "EncoderBlock": ["dropout", "mlp"]}
     for block in list(trunk.modules()):
-        has_shortcut = getattr(block, "use_res_connect", True)      # an InvertedResidual may not
-        for name in branches.get(type(block).__name__, []) if has_shortcut else []:
+        if not getattr(block, "use_res_connect", True):     # an InvertedResidual without shortcut
+            continue
+        for name in branches.get(type(block).__name__, []):
             drop_path = torchvision.ops.StochasticDepth(0.0, mode="row")
             setattr(block, name, nn.Sequential(getattr(block, name), drop_path))
     return ActivationNetwork(trunk, channels, num_classes, frozen).train()
@@ -604,7 +607,7 @@ def one_line_errors(how_to_go_on):
     except OSError as error:
         message = f"{error}: when this is mended, {how_to_go_on}"
     except (MemoryError, RuntimeError) as error:
-        if WORLD > 1 and "by peer" in str(error):               # another process failed, and says why
+        if WORLD > 1 and "by peer" in str(error):       # another process failed, and says why
             os._exit(2)
         message = memory_error(error)
         if message is None:
@@ -634,14 +637,16 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self, description, recipes=None):
         lines = []
         if recipes:
-            kinds = [f"{network}, {weights}" for network, weights in recipes]
-            lines += ["defaults:" + " " * 18 + "".join(f"{kind:25}" for kind in kinds)]
+            networks, weights = zip(*recipes)
+            rows = [("defaults by network", *networks), ("and initial weights", *weights)]
             for key in next(iter(recipes.values())):
-                values = [str(recipe[key]) for recipe in recipes.values()]
-                flag = f"--{key.replace('_', '-')}"
-                lines += [f"  {flag:25}" + "".join(f"{value:25}" for value in values)]
+                values = [recipe[key] for recipe in recipes.values()]
+                rows.append((f"  --{key.replace('_', '-')}", *values))
+            lines = [f"{name:24}" + "".join(f"{str(cell):19}" for cell in cells)
+                     for name, *cells in rows]
         super().__init__(
-            description=description.split("\n")[0], epilog="\n".join(lines),
+            description=description.split("\n")[0],
+            epilog="\n".join(lines),
             formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
@@ -681,13 +686,14 @@ RANK, WORLD, CARD = 0, 1, 0         # this process, how many there are, its CUDA
 if torch.distributed.is_torchelastic_launched():                # by torchrun
     RANK, WORLD, CARD = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-WORKERS = min(8, max(1, CORES // 2))    # OURS: processes that load images; on a CPU the rest compute
+WORKERS = min(8, max(1, CORES // 2))    # OURS: to load images; on a CPU the other cores compute
 
 
 def start_processes(device):
     """The torch.device to compute on, after joining torchrun's other processes (nccl or gloo).
 
-    device: "auto" uses CUDA if available. InputError for one that does not exist. Only rank 0 prints.
+    device: "auto" uses CUDA if available. InputError for one that does not exist. Only rank 0
+    prints.
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -697,7 +703,8 @@ def start_processes(device):
         raise InputError(f"--device {device}: each process takes a card of its own; use cuda")
     if device == "cuda":
         device = f"cuda:{CARD}"
-    with reading(f"--device {device}", "not on this machine, or in use: use cpu or fewer processes"):
+    remedy = "it is not on this machine, or in use: use cpu or fewer processes"
+    with reading(f"--device {device}", remedy):
         torch.zeros(1, device=device).item()
     device = torch.device(device)
     if device.type == "cuda":
@@ -779,7 +786,10 @@ def read_classes(path):
     return names
 
 
-def image_files(folder, endings=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")):
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def image_files(folder, endings=ENDINGS):
     """{id: path} of the images in a folder, at least one; an id is a name without its ending."""
     images = {}
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
@@ -796,7 +806,7 @@ def image_files(folder, endings=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif
 
 
 def orientation(image):
-    """The EXIF orientation of an open PIL image; 1, as stored, where there is none or it is broken."""
+    """The EXIF orientation of an open PIL image; 1, upright, if there is none or it is broken."""
     try:
         return image.getexif().get(0x0112, 1)
     except Exception:               # PIL raises dozens of kinds on broken EXIF
@@ -832,7 +842,8 @@ def read_mask(path, size, num_classes):
         mode = image.mode
         mask = np.array(image)
     if mode not in ("P", "L"):
-        raise InputError(f"{path}: a mask must be a palette or grey 8-bit PNG, not {mode}; convert it")
+        raise InputError(
+            f"{path}: a mask must be a palette or grey 8-bit PNG, not {mode}; convert it")
     if size is not None and mask.shape != tuple(size):
         raise InputError(f"{path}: is {mask.shape[1]}x{mask.shape[0]}, its image "
                          f"{size[1]}x{size[0]}; make both the same size")
@@ -895,7 +906,7 @@ class Photographs(torch.utils.data.Dataset):
 
 
 class WholePhotographs(torch.utils.data.Dataset):
-    """Pairs of an 8-bit image (3, *map_size) and the photograph's own (H, W), to make label maps of.
+    """Pairs of an 8-bit image (3, *map_size) and the photograph's own (H, W), for label maps.
 
     images: paths. An unreadable one raises InputError, or gives (None, None) if `skip` is set.
     """
@@ -948,7 +959,8 @@ def training_loader(photographs, batch_size, workers, device):
 @contextmanager
 def written(path):
     """Yield a temporary path that becomes `path` at the end: no partial file has that name."""
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name[-40:]}")     # of 255 bytes at most
+    # A name has 255 bytes at most, so that only its end fits.
+    temporary = path.with_name(f".partial-{os.getpid()}-{path.name[-40:]}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -963,15 +975,20 @@ def write_json(path, table):
             temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
+def check_kinds(table, kinds):
+    """ValueError if a value is not a dict with keys of these kinds, {key: type}."""
+    if not isinstance(table, dict):
+        raise ValueError(f"expected an object with keys, not a {type(table).__name__}")
+    for key, kind in kinds.items():
+        if not isinstance(table.get(key), kind):
+            raise ValueError(f"{key} is missing or of the wrong kind")
+
+
 def read_json(path, kinds, remedy):
     """The object in a .json file. kinds {key: type}: what it must have; InputError otherwise."""
     with reading(path, remedy):
         table = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(table, dict):
-            raise ValueError("expected a JSON object")
-        for key, kind in kinds.items():
-            if not isinstance(table.get(key), kind):
-                raise ValueError(f"{key} is missing or of the wrong kind")
+        check_kinds(table, kinds)
     return table
 
 
@@ -1045,31 +1062,34 @@ def whole_folder(path, settings, parts=()):
         partial.rename(path)
 
 
-def load_checkpoint(path, remedy):
-    """A dict that torch.save wrote, tensors on the CPU, without executing code from the file."""
+def load_checkpoint(path, kinds, remedy):
+    """A dict that torch.save wrote, tensors on the CPU, without executing code from the file.
+
+    kinds {key: type}: what it must have; InputError otherwise.
+    """
     with reading(path, remedy):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("is damaged")                      # which torch.load does not notice
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"not a checkpoint but a {type(state).__name__}")
+        check_kinds(state, kinds)
     return state
 
 
 def read_run(run):
     """The settings.json and images.json of a finished stage 1."""
-    remedy = f"run train_cls.py --run {run} with your --data and --backbone to its end first, or " \
+    remedy = f"run train_cls.py --run {run} with your --data and --backbone to its end, or " \
              "correct --run"
     number_kinds = (int, float)
     settings = read_json(run / "settings.json", {
         "backbone": str, "weights": str, "size": int, "jitter": number_kinds,
         "weight_decay": number_kinds, "temperature": number_kinds, "attention": bool,
-        "images": str, "photographs": dict, "classifier": str, "score_threshold": number_kinds,
+        "score_threshold": number_kinds, "images": str, "photographs": dict, "classifier": str,
     }, remedy)
     data = read_json(run / "images.json", {"root": str}, remedy)
-    if fingerprint({key: data[key] for key in data if key != "root"}) != settings["images"]:
-        raise InputError(f"{run}/images.json: is not what the classifier was trained with; give the "
-                         "same train_cls.py command again")
+    frozen = {key: value for key, value in data.items() if key != "root"}
+    if fingerprint(frozen) != settings["images"]:
+        raise InputError(f"{run}/images.json: is not what the classifier was trained with; give "
+                         "the same train_cls.py command again")
     return settings, data
 
 
@@ -1077,9 +1097,9 @@ def load_classifier(run, settings, num_classes):
     """The student of a finished stage 1."""
     path = run / "classifier.pt"
     remedy = f"give the same train_cls.py command again, or correct --run {run}"
-    state = load_checkpoint(path, remedy)
-    network = build_network(
-        settings["backbone"], num_classes, frozen=settings["weights"] != "none")
+    state = load_checkpoint(path, {"student": dict}, remedy)
+    frozen = settings["weights"] != "none"
+    network = build_network(settings["backbone"], num_classes, frozen=frozen)
     with reading(path, remedy):
         network.load_state_dict(state["student"])
     if fingerprint(*network.state_dict().values()) != settings["classifier"]:
@@ -1123,12 +1143,12 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
     """
     if path.is_file():
         remedy = "use another --run, or remove it to start again"
-        state = load_checkpoint(path, remedy)
+        state = load_checkpoint(path, {"settings": dict, "progress": dict}, remedy)
+        before = state["settings"]
+        changed = [key for key in settings if settings[key] != before.get(key)]
+        if changed and changed != ["weights"]:                  # whose contents are in "initial"
+            raise InputError(f"{path}: made with a different {', '.join(changed)}; {remedy}")
         with reading(path, remedy):
-            before = state["settings"]
-            changed = [key for key in settings if settings[key] != before.get(key)]
-            if changed and changed != ["weights"]:              # whose contents are in "initial"
-                raise ValueError(f"made with a different {', '.join(changed)}")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             progress.update(state["progress"])
@@ -1141,8 +1161,8 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
         states = {name: part.state_dict() for name, part in parts.items()}
         for tensor in (value for state in states.values() for value in state.values()):
             if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-                raise InputError(f"epoch {epoch + 1}: weights are not finite; lower --lr and, if an "
-                                 "epoch is already saved, use a new --run")
+                raise InputError(f"epoch {epoch + 1}: weights are not finite; lower --lr and, if "
+                                 "an epoch is already saved, use a new --run")
         if RANK > 0:
             continue
         with written(path) as temporary, temporary.open("wb") as file:
