@@ -80,11 +80,13 @@ def means(confusion):
 def summary(confusion, classes, **facts):
     """An entry of report.json: the facts given, the means, and the scores per class."""
     scores = metrics(confusion)
+    names = ["background", *classes]
     per_class = {}
-    for c, name in enumerate(["background", *classes]):
+    for c, name in enumerate(names):
         if not scores["IoU"][c].isnan():
             per_class[name] = {key: score[c].item() for key, score in scores.items()}
-    return {**facts, **means(confusion), "classes": per_class}
+    occurring = [name for name, pixels in zip(names, confusion.sum(1)) if pixels > 0]
+    return {**facts, **means(confusion), "classes": per_class, "truth": occurring}
 
 
 def show(entry):
@@ -99,22 +101,26 @@ def show(entry):
           f"foreground {entry['area']:.2f} x the true area")
 
 
-def check_truth(counts, truth, classes, named=()):
-    """InputError if the true masks have no foreground; a warning for named classes that they lack.
+def check_truth(counts, truth):
+    """InputError if the true masks, {id: path}, have no foreground.
 
-    counts: (C + 1, ...) pixels by true class; truth {id: path}; named: the classes that the labels
-    of these images name.
+    counts: (C + 1, ...) pixels by true class.
     """
-    folder = next(iter(truth.values())).parent
-    pixels = counts.flatten(1).sum(1)                           # (C + 1,)
-    if pixels[1:].sum() == 0:
+    if counts[1:].sum() == 0:
+        folder = next(iter(truth.values())).parent
         raise usage.InputError(
             f"{folder}: the true masks have no pixel of any class, only 0 (background) and 255 "
             "(void); write class numbers, 1 for the first class")
-    lacking = [name for name, count in zip(classes, pixels[1:]) if name in named and count == 0]
+
+
+def check_names(entry, truth, data, split):
+    """A warning for classes that the labels of images name, but of which no mask has a pixel."""
+    named = {label for name in truth for label in data[split][name][1] or ()}
+    lacking = [name for name in data["classes"] if name in named and name not in entry["truth"]]
     if lacking:
-        print(f"warning: labels name {', '.join(lacking)}, but the true masks in {folder} have no "
-              "pixel of that class; are their values the classes' numbers?")
+        print(f"warning: labels name {', '.join(lacking)}, but the true masks in "
+              f"{next(iter(truth.values())).parent} have no pixel of that class; are their values "
+              "the classes' numbers?")
 
 
 def check_turns(images):
@@ -122,7 +128,7 @@ def check_turns(images):
     turned = 0
     for path in filter(Path.is_file, images):
         with usage.reading(path, "cannot be read as an image"), Image.open(path) as image:
-            turned += usage.orientation(image) != 1
+            turned += usage.orientation(image) in usage.TURNS
     if turned:
         print(f"warning: {turned} photographs have an EXIF orientation; their true masks must be "
               "drawn on the upright photograph, as an image viewer shows it")
@@ -169,7 +175,10 @@ def measure_run(run, root, with_sweep):
             elif name == "segmentation":
                 entries.append(measure_segmentation(folder, truth, data, where, made_with))
             else:
-                entries += measure_seeds(folder, truth, data, split, where, made_with, with_sweep)
+                where += ", given labels" if split == "train" else ", predicted labels"
+                entries += measure_seeds(folder, truth, data, where, made_with, with_sweep)
+            if truth:
+                check_names(entries[-1], truth, data, split)
     if not entries:
         raise usage.InputError(f"{run}: nothing to measure; run make_seeds.py for it, add true "
                                "masks, or check --run and --data")
@@ -181,19 +190,17 @@ def measure_segmentation(folder, truth, data, where, made_with):
     classes = data["classes"]
     predictions = {name: folder / f"{name}.png" for name in truth}
     counts = compare(predictions, truth, len(classes))
-    check_truth(counts, truth, classes)
+    check_truth(counts, truth)
     how = "none (argmax, refined)" if made_with["refine"] else "none (argmax)"
     return summary(
         at_threshold(counts, 0), classes, what="segmentation", where=where, threshold=how)
 
 
-def measure_seeds(folder, truth, data, split, where, made_with, with_sweep):
+def measure_seeds(folder, truth, data, where, made_with, with_sweep):
     """Entries for the seeds and pseudo masks of stage 2, at its threshold and at others."""
     classes, threshold = data["classes"], made_with["threshold"]
-    where += ", given labels" if split == "train" else ", predicted labels"
     counts = count_maps(folder, truth, len(classes))
-    named = {label for name in truth for label in data[split][name][1] or ()}
-    check_truth(sum(counts["seeds"]), truth, classes, named)
+    check_truth(sum(counts["seeds"]), truth)
     entries = []
     for what, halves in counts.items():
         entries.append(summary(
@@ -214,12 +221,12 @@ def count_maps(folder, truth, num_classes):
         true = usage.read_mask(truth[name], None, num_classes)
         classes, *both = usage.load_maps(folder / f"maps/{name}.npz", num_classes)
         if both[0].shape[1:] != usage.map_size(true.shape):
-            raise usage.InputError(f"{truth[name]}: is {true.shape[1]}x{true.shape[0]}, its image "
-                                   "another size; make both the same size")
+            raise usage.InputError(f"{truth[name]}: is {true.shape[1]}x{true.shape[0]}, but its "
+                                   "image has another size; make both the same size")
         for what, maps in zip(counts, both):
             labels = usage.label_map(maps[None], 0, classes)[0]     # (h, w), 0 where all maps are 0
             levels = F.pad(maps, (0, 0, 0, 0, 1, 0)).amax(0)        # (1 + K, h, w) -> (h, w)
-            labels, levels = (usage.enlarged(x, true.shape) for x in (labels, levels))
+            labels, levels = (usage.resized_labels(x, true.shape) for x in (labels, levels))
             counts[what][number % 2] += count_levels(true, labels, levels, num_classes)
     return counts
 
@@ -265,7 +272,7 @@ def compare_folders(args):
         raise usage.InputError(f"{args.truth}/{missing[0]}.png: missing; add it, or remove it from "
                                f"{args.pred}")
     counts = compare(predictions, truth, len(classes))
-    check_truth(counts, truth, classes)
+    check_truth(counts, truth)
     where = f"{args.pred}, all {len(predictions)} images, {len(truth)} in {args.truth}"
     return [summary(at_threshold(counts, 0), classes, what="label maps", where=where,
                     threshold="none (label maps)")]
@@ -331,27 +338,29 @@ def draw_coco_masks(path, images, classes, folder):
     mask is turned like its photograph if the outlines were drawn on the stored one, by the size.
     """
     print(f"{path}: drawing the true masks (only once)", flush=True)
-    with usage.reading(path, "not COCO's instances: fetch it again"):
+    with usage.reading(path, "not COCO's instances: fetch it again", any_shape=True):
         table = json.loads(path.read_bytes())
-        labels = {category["id"]: classes.index(category["name"]) + 1
+        labels = {category["id"]: classes.index(usage.one_form(category["name"])) + 1
                   for category in table["categories"]}
         objects = {image["id"]: [] for image in table["images"]}
         for entry in table["annotations"]:
             objects[entry["image_id"]].append(entry)
+    files = usage.image_files(images)
     for image, _ in usage.counted(table["images"], len(table["images"])):
-        name = image["file_name"]
-        drawn = folder / f"{Path(name).stem}.png"
-        if drawn.is_file():
+        name = usage.one_form(Path(image["file_name"]).stem)
+        drawn = folder / f"{name}.png"
+        if usage.is_there(drawn):
             continue
-        with usage.reading(path, f"an outline of {name} cannot be drawn: fetch it again"):
+        remedy = f"an outline of {name} cannot be drawn: fetch it again"
+        with usage.reading(path, remedy, any_shape=True):
             mask = np.zeros((image["height"], image["width"]), np.uint8)
             large_first = sorted(
                 objects[image["id"]], key=lambda entry: (not entry["iscrowd"], -entry["area"]))
             for entry in large_first:
                 value = usage.VOID if entry["iscrowd"] else labels[entry["category_id"]]
                 mask[draw_outline(entry["segmentation"], *mask.shape)] = value
-        if (images / name).is_file():
-            mask = turned_like(mask, images / name)
+        if name in files:
+            mask = turned_like(mask, files[name])
         usage.save_mask(drawn, mask)
 
 

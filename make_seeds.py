@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader
 
 import usage
 
@@ -34,7 +33,7 @@ import usage
 # finer maps (IRN has 0.5 to 2); Transformers stay near the grid that their position embedding
 # knows. The threshold is a round number in the middle; for pretrained Transformers it was chosen on
 # every second VOC photograph (EVIDENCE.md); eval.py --sweep shows how others do. Patch affinity
-# needs attention that has learnt about objects; learnt from scratch on the toy, it floods the scene.
+# needs attention that has learnt about objects; from scratch, on the toy, it floods the scene.
 RECIPES = {
     ("cnn", "scratch"): dict(threshold=0.4, scales=[1.0, 1.5, 2.0], affinity=False),
     ("transformer", "scratch"): dict(threshold=0.4, scales=[0.75, 1.0, 1.25], affinity=False),
@@ -53,8 +52,8 @@ def parse_arguments():
         help="folder of stage 1 (default runs/toy-resnet50)")
     add("--data", type=Path, help="where the data lies now, if it has moved since stage 1")
     add("--split", choices=("train", "val"),
-        help="train (default), by its labels; or val, by predicted labels")
-    add("--images", type=Path, help="a folder of photographs instead, by predicted labels")
+        help="train, using its labels (default), or val, using predicted labels")
+    add("--images", type=Path, help="a folder of photographs instead, using predicted labels")
 
     add = parser.add_argument_group("seeds").add_argument
     add("--class-threshold", type=number(0, 1),
@@ -107,8 +106,14 @@ def seed_of(network, image, present, longer, args):
     return maps, usage.refine_maps(image, maps, args.threshold)
 
 
+def results_of(folder, name):
+    """The files of one image's results: seed, pseudo mask, maps."""
+    return (folder / f"seeds/{name}.png", folder / f"pseudo_masks/{name}.png",
+            folder / f"maps/{name}.npz")
+
+
 def write_results(folder, name, size, present, maps, refined, threshold, uncertain=UNCERTAIN):
-    """Write all results of one image, its maps last: once they are there, all are.
+    """Write all results of one image.
 
     size (H, W) of the photograph; present (K,): its classes; maps, refined (K, h, w) uint8, of
     map_size: seed maps * 255. In the pseudo mask, refined maps within `uncertain` of the threshold
@@ -118,9 +123,10 @@ def write_results(folder, name, size, present, maps, refined, threshold, uncerta
                   for levels in (maps, refined))                            # (h, w)
     if len(present):
         mask[(refined.amax(0) / 255 - threshold).abs() < uncertain] = usage.VOID
-    for kind, labels in (("seeds", seed), ("pseudo_masks", mask)):
-        usage.save_mask(folder / kind / f"{name}.png", usage.enlarged(labels, size))
-    with usage.written(folder / f"maps/{name}.npz") as temporary, temporary.open("wb") as file:
+    seed_path, mask_path, maps_path = results_of(folder, name)
+    usage.save_mask(seed_path, usage.resized_labels(seed, size))
+    usage.save_mask(mask_path, usage.resized_labels(mask, size))
+    with usage.written(maps_path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file, classes=present.numpy(), maps=maps.numpy(), refined=refined.numpy())
 
@@ -154,20 +160,21 @@ def main():
     usage.lock(args.run)
     with usage.whole_folder(target, made_with, ["seeds", "pseudo_masks", "maps"]) as folder:
         mine = range(usage.RANK, len(ids), usage.WORLD)
-        todo = [k for k in mine if not (folder / f"maps/{ids[k]}.npz").is_file()]
+        todo = [k for k in mine if not all(map(usage.is_there, results_of(folder, ids[k])))]
         source = "predicted" if predicted else "given"
         print(f"seeds of {len(ids)} images from {source} labels at threshold {args.threshold} into "
               f"{target}; {len(mine) - len(todo)} are already done")
 
         # ---- seeds
         photographs = usage.WholePhotographs([images[k] for k in todo], skip=bool(args.images))
-        loader = DataLoader(photographs, batch_size=None, num_workers=args.workers)
+        loader = photographs.loader(args.workers)
         with ThreadPoolExecutor(1) as writer:                   # compresses beside the network
             writing = None
             for (k, (image, size)), _ in usage.counted(zip(todo, loader), len(todo)):
                 if image is None:
                     continue
-                image = usage.NORMALISE(image[None].to(device))             # (1, 3, h, w)
+                image = usage.TO_TENSOR(image)[None].to(device)             # (1, 3, h, w)
+                image = usage.NORMALISE(image)
                 if predicted:
                     has = predict_classes(network, image, settings, args)   # (C,)
                 else:
@@ -186,7 +193,7 @@ def main():
             if writing:
                 writing.result()
 
-        # ---- what there is to see
+        # ---- the contact sheet, and what comes next
         usage.wait_for_all()
         made = {name: path for name, path in zip(ids, images)
                 if (folder / f"maps/{name}.npz").is_file()}
@@ -246,14 +253,13 @@ def save_contact_sheet(folder, classes, images, truth, width=180, height=120):
         masks = [folder / f"seeds/{name}.png", folder / f"pseudo_masks/{name}.png"]
         if len(headings) == 5:
             masks.append(truth.get(name, folder / "no true mask"))
-        photo = usage.read_image(images[name])
+        photo = ImageOps.contain(usage.read_image(images[name]), (width, height))
         present, maps, _ = usage.load_maps(folder / f"maps/{name}.npz", len(classes))
         tiles = [(np.asarray(photo), []), heat_tile(photo, present, maps, classes)]
         tiles += [mask_tile(photo, path, classes) for path in masks]
         for column, (pixels, words) in enumerate(tiles):
             x, y = column * (width + 4), 20 + row * (height + 4)
-            tile = Image.fromarray(pixels.astype(np.uint8))
-            sheet.paste(ImageOps.contain(tile, (width, height)), (x, y))
+            sheet.paste(Image.fromarray(pixels.astype(np.uint8)), (x, y))
             for k, (text, colour) in enumerate(words):
                 place = (x + 3, y + 2 + 12 * k)
                 pen.text(place, text, colour, font, stroke_width=2, stroke_fill="white")
@@ -277,12 +283,13 @@ def mask_tile(photo, path, classes):
     """A label map over the photograph: pixels (H, W, 3), and (text, colour) on them."""
     photo = np.asarray(photo)
     try:
-        mask = usage.read_mask(path, photo.shape[:2], len(classes)).numpy()
+        mask = usage.read_mask(path, None, len(classes))
     except usage.InputError:
         return np.full_like(photo, 255), []
-    colours = usage.VOC_PALETTE[mask]
     words = [(classes[c - 1], tuple(usage.VOC_PALETTE[c].tolist()))
              for c in np.unique(mask) if 0 < c < usage.VOID]
+    mask = usage.resized_labels(mask, photo.shape[:2]).numpy()
+    colours = usage.VOC_PALETTE[mask]
     return np.where(mask[..., None] > 0, 0.65 * colours + 0.35 * photo, photo), words
 
 

@@ -17,6 +17,7 @@ import argparse
 import colorsys
 import json
 import math
+import re
 import shlex
 import shutil
 import xml.etree.ElementTree
@@ -332,18 +333,31 @@ def main():
     # ---- what the classifier has learnt
     if usage.RANK > 0:
         return
-    _, images, labels = usage.read_split(data, "train", settings, args.data)
-    some = slice(None, None, max(1, len(images) // 1000))
-    scores = classify(student, images[some], args, device)
-    settings["score_threshold"] = score_threshold(scores, labels[some])
-    settings["classifier"] = usage.fingerprint(*student.state_dict().values())
-    _, images, labels = usage.read_split(data, "val", settings, args.data)
-    if labels.any():
-        settings["mAP"] = mean_average_precision(classify(student, images, args, device), labels)
-        print(f"val, {len(images)} images: mAP {settings['mAP']:.3f}")
     usage.write_json(args.run / "images.json", {"root": str(args.data.resolve()), **data})
-    usage.write_json(args.run / "settings.json", settings)
+    settings["classifier"] = usage.fingerprint(*student.state_dict().values())
+    if not is_finished(args.run, settings["classifier"]):
+        _, images, labels = usage.read_split(data, "train", settings, args.data)
+        some = slice(None, None, max(1, len(images) // 1000))
+        scores = classify(student, images[some], args, device)
+        settings["score_threshold"] = score_threshold(scores, labels[some])
+        _, images, labels = usage.read_split(data, "val", settings, args.data)
+        if labels.any():
+            scores = classify(student, images, args, device)
+            settings["mAP"] = mean_average_precision(scores, labels)
+            print(f"val, {len(images)} images: mAP {settings['mAP']:.3f}")
+        else:
+            print("no mAP: there are no val images with labels")
+        usage.write_json(args.run / "settings.json", settings)
     print(f"next: python make_seeds.py --run {shlex.quote(str(args.run))}")
+
+
+def is_finished(run, classifier):
+    """Whether the settings.json of a run is complete and of a classifier of this fingerprint."""
+    try:
+        settings, _ = usage.read_run(run)
+    except usage.InputError:
+        return False
+    return settings["classifier"] == classifier
 
 
 # ==== ImageNet weights ============================================================================
@@ -378,7 +392,7 @@ def pretrained_weights(backbone, weights):
     if weights == "none":
         return None
     remedy = "pass --weights FILE with a state dict, imagenet, or none"
-    with usage.reading(f"weights {weights} of {backbone}", remedy):
+    with usage.reading(f"weights {weights} of {backbone}", remedy, any_shape=True):
         if weights != "imagenet":
             state = usage.load_checkpoint(Path(weights), {}, remedy)
         elif backbone in DEIT_FILES:
@@ -391,10 +405,12 @@ def pretrained_weights(backbone, weights):
         if "patch_embed.proj.weight" in state:
             for theirs, ours in DEIT_NAMES:
                 state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
-    trunk = {}
-    for name, tensor in state.items():
-        if not name.startswith(("fc.", "classifier.", "head")):
-            trunk[name.removeprefix("features.")] = tensor
+        trunk = {}
+        for name, tensor in state.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"not a state dict of {backbone}: {name} is not a tensor")
+            if not name.startswith(("fc.", "classifier.", "head")):
+                trunk[name.removeprefix("features.")] = tensor
     return trunk
 
 
@@ -430,30 +446,34 @@ def prepare_data(root, download):
 
 def download_voc(root):
     """PASCAL VOC 2012 in VOCdevkit/VOC2012, which is complete or not there."""
+    devkit = root / "VOCdevkit"
     partial = root / "VOC.partial"
     partial.mkdir(parents=True, exist_ok=True)
     with usage.reading(f"PASCAL VOC 2012 into {root}", "fetch VOCtrainval_11-May-2012.tar by hand, "
                        "unpack it there and leave --download out"):
         torchvision.datasets.VOCSegmentation(partial, year="2012", image_set="train", download=True)
-    (partial / "VOCdevkit").rename(root / "VOCdevkit")
+    devkit.mkdir(exist_ok=True)
+    (partial / "VOCdevkit/VOC2012").rename(devkit / "VOC2012")
     shutil.rmtree(partial)
 
 
 def read_ids(path, images):
     """The ids that a list of a split names, one on each line, in its order.
 
-    A line is an id, or begins with one or with the path of an image: "a", "a 1", "/images/a.jpg b".
+    A line is an id or a file name, or begins with one, and may have folders: "a", "a.jpg", "a 1",
+    "/images/a.jpg /masks/a.png".
     """
     ids = []
     for line in usage.read_lines(path, "write the ids of the split into it, one per line"):
-        name = line
-        if name not in images:
-            name = line.split()[0].rpartition("/")[2]
-        if name not in images:
-            name = name.rpartition(".")[0]
-        if name not in images:
-            raise usage.InputError(f"{path}: there is no image {line}; add it, or remove the line")
-        ids.append(name)
+        beginnings = [line[:blank.start()] for blank in re.finditer(r"\s+", line)]
+        files = [text.rpartition("/")[2] for text in (*beginnings, line)]
+        candidates = [line, line.rpartition(".")[0]]
+        for file in files:
+            candidates += [file, file.rpartition(".")[0]]
+        known = [name for name in candidates if name in images]
+        if not known:
+            raise usage.InputError(f"{path}: there is no image named {line}; add it, or remove the line")
+        ids.append(known[0])
     return list(dict.fromkeys(ids))
 
 
@@ -475,6 +495,7 @@ def read_voc(root):
     classes = usage.read_classes(names if names.is_file() else None)
     images = usage.image_files(folder / "JPEGImages")
     table = None
+    annotations = {usage.one_form(path.stem): path for path in folder.glob("Annotations/*.xml")}
     if (folder / "labels.json").is_file():
         remedy = "make it an object {id: [class names]}"
         table = usage.read_json(folder / "labels.json", {}, remedy)
@@ -484,7 +505,7 @@ def read_voc(root):
         if table is not None:
             names = table[name]
         else:
-            tree = xml.etree.ElementTree.parse(folder / f"Annotations/{name}.xml")
+            tree = xml.etree.ElementTree.parse(annotations[name])
             names = [node.findtext("name") for node in tree.getroot().iter("object")]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{names!r} is not a list of class names")
@@ -505,10 +526,9 @@ def read_voc(root):
         if split == "val" and not path.is_file():
             continue
         for name in read_ids(path, images):
-            known = table is None or name in table
+            known = name in (annotations if table is None else table)
             names = None
-            if split == "train" or (known and (table or (
-                    folder / f"Annotations/{name}.xml").is_file())):
+            if split == "train" or known:
                 with usage.reading(f"{path}, image {name}", remedy):
                     names = classes_of(name)
             data[split][name] = [str(images[name].relative_to(root)), names]
@@ -531,16 +551,22 @@ def read_coco(root):
         outlines = f"annotations/instances_{split}2014.json"
         path = root / outlines
         print(f"{path}: reading COCO's annotations", flush=True)
-        with usage.reading(path, "not COCO's instances: fetch it again"):
+        files = usage.image_files(root / f"{split}2014")
+        with usage.reading(path, "not COCO's instances: fetch it again", any_shape=True):
             table = json.loads(path.read_bytes(), object_hook=without_outlines)
             categories = sorted(table["categories"], key=lambda category: category["id"])
-            names = {category["id"]: category["name"] for category in categories}
-            files = {image["id"]: image["file_name"] for image in table["images"]}
-            found = {number: set() for number in files}
+            names = {category["id"]: usage.one_form(category["name"]) for category in categories}
+            ids = {image["id"]: usage.one_form(Path(image["file_name"]).stem)
+                   for image in table["images"]}
+            found = {number: set() for number in ids}
             for entry in table["annotations"]:
                 found[entry["image_id"]].add(names[entry["category_id"]])
-        images = {usage.one_form(Path(file).stem): [f"{split}2014/{file}", sorted(found[number])]
-                  for number, file in files.items()}
+        classes = usage.check_classes(list(names.values()), path)
+        images = {}
+        for number, name in ids.items():
+            if name not in files:
+                raise usage.InputError(f"{root}/{split}2014/{name}.jpg: missing; fetch it again")
+            images[name] = [str(files[name].relative_to(root)), sorted(found[number])]
         ids = [name for name, (_, labels) in images.items() if labels or split == "val"]
         own = root / f"ImageSets/Segmentation/{split}.txt"
         if own.is_file():
@@ -551,11 +577,11 @@ def read_coco(root):
         if (root / "SegmentationClass").is_dir():
             data["masks"][split] = "SegmentationClass"
             data["outlines"][split] = None
-    data["classes"] = list(names.values())
+    data["classes"] = classes
     if (root / "classes.txt").is_file():
         data["classes"] = usage.read_classes(root / "classes.txt")
-        if set(data["classes"]) != set(names.values()):
-            raise usage.InputError(f"{root}/classes.txt: are not the classes of {path}; list the "
+        if set(data["classes"]) != set(classes):
+            raise usage.InputError(f"{root}/classes.txt: its names are not those of {path}; list the "
                                    "same names, or remove it")
     return data
 
@@ -579,7 +605,7 @@ TOY_CLASSES = {     # hue of head and body, hue of the glow, ink on the head (u,
 
 
 def draw_toy(root, train=800, val=200, side=128):
-    """Draw the critters once: scenes designed to provoke the failures that the paper reports.
+    """Draw the toy once: little creatures (critters), to provoke the failures the paper reports.
 
     A critter's small patterned head gives its class away; its long body has the class's hue in most
     critters only, so that a CNN may be content with the head. Most lie in a soft glow of the

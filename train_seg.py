@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.transforms import v2
 
@@ -186,13 +185,13 @@ def main():
         "segmenter": usage.fingerprint(*segmenter.state_dict().values())}
     with usage.whole_folder(args.run / "segmentation", predicted_with) as folder:
         todo = [k for k in range(usage.RANK, len(val_ids), usage.WORLD)
-                if not (folder / f"{val_ids[k]}.png").is_file()]
+                if not usage.is_there(folder / f"{val_ids[k]}.png")]
         photographs = usage.WholePhotographs([val_images[k] for k in todo])
-        loader = DataLoader(photographs, batch_size=None, num_workers=args.workers)
+        loader = photographs.loader(args.workers)
         for (k, (image, size)), _ in usage.counted(zip(todo, loader), len(todo)):
-            image = usage.NORMALISE(image[None].to(device))                 # (1, 3, h, w)
+            image = usage.NORMALISE(usage.TO_TENSOR(image)[None].to(device))    # (1, 3, h, w)
             labels = predict(segmenter, image, trained["size"], args.refine).cpu()
-            usage.save_mask(folder / f"{val_ids[k]}.png", usage.enlarged(labels, size))
+            usage.save_mask(folder / f"{val_ids[k]}.png", usage.resized_labels(labels, size))
     if usage.true_masks(data, "val", args.data) or data["outlines"]["val"]:
         print(f"next: python eval.py --run {shlex.quote(str(args.run))}")
 

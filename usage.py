@@ -127,8 +127,8 @@ def consistency_loss(activations, teacher_activations, labels, temperature, teac
 
     activations (s), teacher_activations (s'): (B, C, h, w), any floating type; labels (B, C) in
     {0, 1}; temperature (tau2), teacher_temperature (tau2') > 0 -> scalar, float32, >= 0 up to
-    rounding. Raises ValueError for other temperatures. No gradient reaches the teacher. 0, with zero gradients, if
-    no class is present. Source: Sec. 4.2.
+    rounding; 0, with zero gradients, if no class is present. Raises ValueError for other
+    temperatures. No gradient reaches the teacher. Source: Sec. 4.2.
     """
     if not (temperature > 0 and teacher_temperature > 0):
         raise ValueError(f"temperatures must be > 0, got {temperature} and {teacher_temperature}")
@@ -143,7 +143,7 @@ def consistency_loss(activations, teacher_activations, labels, temperature, teac
     target = (s_teacher / unit).flatten(2).div(teacher_temperature).softmax(-1)
     # OURS: KL(teacher || student), the usual divergence; our sources name none.
     divergence = F.kl_div(log_beta, target, reduction="none").sum(-1)           # (B, C)
-    # OURS: only the present classes have a shape to agree on.
+    # OURS: present classes only; an absent one has no seed whose shape could agree.
     present = labels.float()
     return (divergence * present).sum() / present.sum().clamp_min(1)
 
@@ -557,10 +557,11 @@ class InputError(Exception):
 
 
 @contextmanager
-def reading(path, remedy):
+def reading(path, remedy, any_shape=False):
     """Turn whatever fails inside into an InputError: the path, the reason in short, the remedy.
 
-    A mistake in this project's own code stays what it is, and so does a full memory.
+    A mistake in this project's own code stays what it is, and so does a full memory. any_shape: the
+    file's contents are not checked yet, so that an error of types is theirs.
     """
     try:
         yield
@@ -568,7 +569,7 @@ def reading(path, remedy):
         raise
     except Exception as error:      # PIL, torch and json raise dozens of kinds on broken files
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        is_ours = raised_in.parent == Path(__file__).parent
+        is_ours = raised_in.parent == Path(__file__).parent and not any_shape
         if is_ours and isinstance(error, (AttributeError, NameError, TypeError)):
             raise
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
@@ -605,7 +606,7 @@ def one_line_errors(how_to_go_on):
     except BrokenPipeError:         # nobody reads on, as under "| head"
         os._exit(141)
     except OSError as error:
-        message = f"{error}: when this is mended, {how_to_go_on}"
+        message = f"{error}: once this is fixed, {how_to_go_on}"
     except (MemoryError, RuntimeError) as error:
         if WORLD > 1 and "by peer" in str(error):       # another process failed, and says why
             os._exit(2)
@@ -621,7 +622,7 @@ def one_line_errors(how_to_go_on):
 def memory_error(error):
     """What to do about an error of memory, a str; None for an error of another kind."""
     text = str(error)
-    for sign in ("shared memory", "torch_", "killed by signal", "exited unexpectedly"):
+    for sign in ("shared memory", "</torch_", "killed by signal", "exited unexpectedly"):
         if sign in text:
             return ("a process that loads images ran out of (shared) memory: use --workers 0, or "
                     "give a container more, as by docker run --shm-size 2g")
@@ -776,12 +777,16 @@ def read_classes(path):
     """The class names in a text file, one per line; VOC's 20 if path is None."""
     if path is None:
         return VOC_CLASSES
-    names = read_lines(path, "write the class names into it, one per line")
+    return check_classes(read_lines(path, "write the class names into it, one per line"), path)
+
+
+def check_classes(names, path):
+    """The class names that a file lists; InputError if one stands twice or they are too many."""
     if len(set(names)) < len(names) or len(names) > VOID - 1:
         raise InputError(f"{path}: {len(names)} names, {len(set(names))} distinct; list at "
                                f"most {VOID - 1}, each once")
     for name in names:
-        if name.lower().strip("_") == "background":
+        if name.lower().replace("_", "") == "background":
             raise InputError(f'{path}: "{name}" is label 0, not a class; remove its line')
     return names
 
@@ -817,6 +822,7 @@ def read_image(path):
     """An image file of any mode, turned upright, alpha over white, as a PIL image in RGB."""
     remedy = "cannot be read as an image: replace it or remove it from the list"
     with reading(path, remedy), Image.open(path) as image:
+        image.load()                # before the orientation: this already turns a TIFF
         turn = TURNS.get(orientation(image))
         if turn is not None:
             image = image.transpose(turn)
@@ -845,7 +851,7 @@ def read_mask(path, size, num_classes):
         raise InputError(
             f"{path}: a mask must be a palette or grey 8-bit PNG, not {mode}; convert it")
     if size is not None and mask.shape != tuple(size):
-        raise InputError(f"{path}: is {mask.shape[1]}x{mask.shape[0]}, its image "
+        raise InputError(f"{path}: is {mask.shape[1]}x{mask.shape[0]}, but its image is "
                          f"{size[1]}x{size[0]}; make both the same size")
     beyond = mask[(mask > num_classes) & (mask != VOID)]
     if beyond.size:
@@ -868,10 +874,8 @@ def map_size(size):
     return tuple(max(1, round(side * shrink)) for side in size)
 
 
-def enlarged(labels, size):
-    """Integer labels (h, w), each pixel repeated so that they have the size (H, W)."""
-    if labels.shape == tuple(size):
-        return labels
+def resized_labels(labels, size):
+    """Integer labels (h, w) at another size (H, W): each pixel takes its nearest one's."""
     rows, columns = (torch.arange(to) * of // to for to, of in zip(size, labels.shape))
     return labels[rows[:, None], columns]
 
@@ -906,7 +910,7 @@ class Photographs(torch.utils.data.Dataset):
 
 
 class WholePhotographs(torch.utils.data.Dataset):
-    """Pairs of an 8-bit image (3, *map_size) and the photograph's own (H, W), for label maps.
+    """Pairs of a PIL image, reduced to map_size, and the photograph's own (H, W), for label maps.
 
     images: paths. An unreadable one raises InputError, or gives (None, None) if `skip` is set.
     """
@@ -914,6 +918,11 @@ class WholePhotographs(torch.utils.data.Dataset):
     def __init__(self, images, skip=False):
         self.images = images
         self.skip = skip
+
+    def loader(self, workers):
+        """A DataLoader of single pairs: PIL images, which need no shared memory as tensors do."""
+        return torch.utils.data.DataLoader(
+            self, batch_size=None, num_workers=workers, collate_fn=tuple)
 
     def __len__(self):
         return len(self.images)
@@ -928,7 +937,7 @@ class WholePhotographs(torch.utils.data.Dataset):
         size = image.size[::-1]
         if map_size(size) != size:
             image = image.resize(map_size(size)[::-1], Image.Resampling.BILINEAR)
-        return TO_TENSOR(image), size
+        return image, size
 
 
 def training_loader(photographs, batch_size, workers, device):
@@ -1008,8 +1017,11 @@ def fingerprint(*contents):
 
 def sizes_of(images):
     """A fingerprint of the sizes of files in bytes: a cheap sign that one was replaced."""
-    with reading("photographs", "restore it, or train anew in another --run"):
-        return fingerprint([path.stat().st_size for path in images])
+    sizes = []
+    for path in images:
+        with reading(path, "restore it, or correct --data"):
+            sizes.append(path.stat().st_size)
+    return fingerprint(sizes)
 
 
 def lock(run):
@@ -1038,14 +1050,15 @@ def whole_folder(path, settings, parts=()):
     """Yield a folder to fill that becomes `path` at the end: `path` is complete or not there.
 
     parts: folders in it. An interrupted run of equal settings leaves PATH.partial, which is then
-    continued; that of other settings is removed.
+    continued; that of other settings is removed. InputError if `path` is not a folder of results.
     """
     partial = path.with_name(f"{path.name}.partial")
+    if path.exists() and not (path / "settings.json").is_file():
+        raise InputError(f"{path}: is in the way, and not a folder of results; move it away")
     if RANK == 0:
-        settings = json.loads(json.dumps(settings))             # as they will be read
         made_with = partial / "settings.json"
-        if not (made_with.is_file() and made_with.read_text(encoding="utf-8") == json.dumps(
-                settings, indent=1)):
+        wanted = json.dumps(settings, indent=1).encode()        # as write_json writes them
+        if not (made_with.is_file() and made_with.read_bytes() == wanted):
             shutil.rmtree(partial, ignore_errors=True)
             for folder in (partial, *(partial / part for part in parts)):
                 folder.mkdir()
@@ -1060,6 +1073,11 @@ def whole_folder(path, settings, parts=()):
             os.sync()               # or a power cut may leave names without contents
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
+
+
+def is_there(path):
+    """Whether a result is a file with something in it: a power cut can leave the name alone."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def load_checkpoint(path, kinds, remedy):
@@ -1088,8 +1106,8 @@ def read_run(run):
     data = read_json(run / "images.json", {"root": str}, remedy)
     frozen = {key: value for key, value in data.items() if key != "root"}
     if fingerprint(frozen) != settings["images"]:
-        raise InputError(f"{run}/images.json: is not what the classifier was trained with; give "
-                         "the same train_cls.py command again")
+        raise InputError(f"{run}/images.json: differs from the data that the classifier was "
+                         "trained on; give the same train_cls.py command again")
     return settings, data
 
 
@@ -1120,7 +1138,7 @@ def read_split(data, split, settings, root=None):
     paths = [Path(root or data["root"], image) for image, _ in entries.values()]
     if sizes_of(paths) != settings["photographs"].get(split):
         raise InputError(f"photographs of {split}: some are not those of stage 1; restore them, or "
-                         "train anew in another --run")
+                         "train again in another --run")
     return list(entries), paths, labels
 
 
@@ -1152,6 +1170,7 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             progress.update(state["progress"])
+        write_log(path, progress["log"])
     for epoch in range(progress["epoch"], epochs):
         torch.manual_seed(hash((settings["random_seed"], epoch, RANK)))     # the same if done again
         loader.sampler.set_epoch(epoch)
@@ -1172,8 +1191,14 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
                 raise OSError(f"{path} could not be written") from error
             file.flush()
             os.fsync(file.fileno())     # or a power cut may leave the name without the contents
+        write_log(path, progress["log"])
+
+
+def write_log(path, log):
+    """Write the records of a checkpoint's log beside it, once for all processes."""
+    if RANK == 0:
         with written(path.with_suffix(".jsonl")) as temporary:
-            lines = [json.dumps(record) + "\n" for record in progress["log"]]
+            lines = [json.dumps(record) + "\n" for record in log]
             temporary.write_text("".join(lines), encoding="utf-8")
 
 
@@ -1191,7 +1216,7 @@ def counted(items, total, done=0, step=1, log=None):
         done += step
         for key, value in record.items():
             if not math.isfinite(value):
-                raise InputError(f"after {done} images {key} is {value}: lower --lr and, if an "
+                raise InputError(f"after {done} images, {key} is {value}: lower --lr and, if an "
                                  "epoch is already saved, use a new --run")
         if count % 10 and done < total:
             continue
@@ -1207,14 +1232,14 @@ def counted(items, total, done=0, step=1, log=None):
 
 def load_maps(path, num_classes):
     """One image's classes (K,), its seed maps (K, H, W) uint8, and the same refined."""
-    with reading(path, "not seed maps of make_seeds.py: run it again"):
+    with reading(path, "not seed maps of make_seeds.py: run it again", any_shape=True):
         with np.load(path) as file:
             classes, maps, refined = (
                 torch.from_numpy(file[key]) for key in ("classes", "maps", "refined"))
         for levels in (maps, refined):
             shape = (len(classes), *maps.shape[-2:])
             if levels.dtype != torch.uint8 or levels.shape != shape or len(shape) != 3:
-                raise ValueError("arrays of another shape")
+                raise ValueError("arrays of the wrong shape or type")
         if not all(c in range(num_classes) for c in classes.tolist()):
             raise ValueError("unknown classes")
     return classes, maps, refined
