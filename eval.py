@@ -165,20 +165,21 @@ def measure_run(run, root, with_sweep):
             seeds = made_with
         if made_with["classifier"] != trained:
             print(f"{folder}: made with a different classifier, so not measured; {remedy}")
-        elif name == "segmentation" and seeds and made_with.get("seeds") not in (None, seeds):
+            continue
+        if name == "segmentation" and seeds and made_with.get("seeds") not in (None, seeds):
             print(f"{folder}: made from other seeds, so not measured; run train_seg.py again")
+            continue
+        truth = find_truth(data, split, root)
+        where = f"{folder}, {len(truth)} of {len(data[split])} images of {split} with a mask"
+        if not truth:
+            print(f"{where}: not measured")
+            continue
+        if name == "segmentation":
+            entries.append(measure_segmentation(folder, truth, data, where, made_with))
         else:
-            truth = find_truth(data, split, root)
-            where = f"{folder}, {len(truth)} of {len(data[split])} images of {split} with a mask"
-            if not truth:
-                print(f"{where}: not measured")
-            elif name == "segmentation":
-                entries.append(measure_segmentation(folder, truth, data, where, made_with))
-            else:
-                where += ", given labels" if split == "train" else ", predicted labels"
-                entries += measure_seeds(folder, truth, data, where, made_with, with_sweep)
-            if truth:
-                check_names(entries[-1], truth, data, split)
+            where += ", given labels" if split == "train" else ", predicted labels"
+            entries += measure_seeds(folder, truth, data, where, made_with, with_sweep)
+        check_names(entries[-1], truth, data, split)
     if not entries:
         raise usage.InputError(f"{run}: nothing to measure; run make_seeds.py for it, add true "
                                "masks, or check --run and --data")
@@ -216,7 +217,9 @@ def count_maps(folder, truth, num_classes):
 
     Void pixels of a pseudo mask count as the label they would otherwise have.
     """
-    counts = {"seeds": [0, 0], "pseudo masks": [0, 0]}
+    shape = (num_classes + 1, num_classes + 1, 256)
+    counts = {what: [torch.zeros(shape, dtype=torch.int64) for _ in range(2)]
+              for what in ("seeds", "pseudo masks")}
     for (number, name), _ in usage.counted(enumerate(truth), len(truth)):
         true = usage.read_mask(truth[name], None, num_classes)
         classes, *both = usage.load_maps(folder / f"maps/{name}.npz", num_classes)

@@ -43,8 +43,8 @@ import usage
 # the toy, where they hint at the class.
 RECIPES = {
     ("cnn", "scratch"): dict(
-        temperature=math.inf, reg_weight=0.1, reg_temperature=1.0, teacher_temperature=0.7,
-        max_rate=0.5, size=81, jitter=0.0, epochs=4, reg_epochs=3, batch_size=16, lr=1e-3,
+        temperature=math.inf, reg_weight=0.2, reg_temperature=1.0, teacher_temperature=0.7,
+        max_rate=0.5, size=81, jitter=0.0, epochs=3, reg_epochs=2, batch_size=16, lr=1e-3,
         weight_decay=0.05),
     ("transformer", "scratch"): dict(
         temperature=3.0, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=1.0,
@@ -347,6 +347,7 @@ def main():
             print(f"val, {len(images)} images: mAP {settings['mAP']:.3f}")
         else:
             print("no mAP: there are no val images with labels")
+        settings["fingerprint"] = usage.fingerprint(settings)   # tells if somebody edits them
         usage.write_json(args.run / "settings.json", settings)
     print(f"next: python make_seeds.py --run {shlex.quote(str(args.run))}")
 
@@ -465,14 +466,18 @@ def read_ids(path, images):
     """
     ids = []
     for line in usage.read_lines(path, "write the ids of the split into it, one per line"):
-        beginnings = [line[:blank.start()] for blank in re.finditer(r"\s+", line)]
-        files = [text.rpartition("/")[2] for text in (*beginnings, line)]
-        candidates = [line, line.rpartition(".")[0]]
-        for file in files:
-            candidates += [file, file.rpartition(".")[0]]
-        known = [name for name in candidates if name in images]
+        blanks = [blank.start() for blank in re.finditer(r"\s+", line)]
+        beginnings = [line[:end] for end in (*blanks, len(line))]
+        known = []
+        for text in reversed(beginnings):                       # names may have blanks
+            second_path = re.search(r"\s\S*/", text)
+            file = Path(text.rpartition("/")[2])
+            stem = file.stem if file.suffix.lower() in usage.ENDINGS else file.name
+            if not second_path:
+                known += [name for name in (file.name, stem) if name in images]
         if not known:
-            raise usage.InputError(f"{path}: there is no image named {line}; add it, or remove the line")
+            raise usage.InputError(
+                f"{path}: there is no image named {line}; add it, or remove the line")
         ids.append(known[0])
     return list(dict.fromkeys(ids))
 
@@ -502,6 +507,8 @@ def read_voc(root):
         table = {usage.one_form(name): names for name, names in table.items()}
 
     def classes_of(name):
+        if name not in (annotations if table is None else table):
+            raise ValueError("has no labels")
         if table is not None:
             names = table[name]
         else:
@@ -562,16 +569,16 @@ def read_coco(root):
             for entry in table["annotations"]:
                 found[entry["image_id"]].add(names[entry["category_id"]])
         classes = usage.check_classes(list(names.values()), path)
-        images = {}
-        for number, name in ids.items():
-            if name not in files:
-                raise usage.InputError(f"{root}/{split}2014/{name}.jpg: missing; fetch it again")
-            images[name] = [str(files[name].relative_to(root)), sorted(found[number])]
-        ids = [name for name, (_, labels) in images.items() if labels or split == "val"]
+        labels = {name: sorted(found[number]) for number, name in ids.items()}
+        ids = [name for name, names in labels.items() if names or split == "val"]
         own = root / f"ImageSets/Segmentation/{split}.txt"
         if own.is_file():
-            ids = read_ids(own, images)
-        data[split] = {name: images[name] for name in ids}
+            ids = read_ids(own, labels)
+        data[split] = {}
+        for name in ids:
+            if name not in files:
+                raise usage.InputError(f"{root}/{split}2014/{name}.jpg: missing; fetch it again")
+            data[split][name] = [str(files[name].relative_to(root)), labels[name]]
         data["outlines"][split] = outlines
         data["masks"][split] = f"annotations/masks_{split}2014"
         if (root / "SegmentationClass").is_dir():
@@ -581,8 +588,8 @@ def read_coco(root):
     if (root / "classes.txt").is_file():
         data["classes"] = usage.read_classes(root / "classes.txt")
         if set(data["classes"]) != set(classes):
-            raise usage.InputError(f"{root}/classes.txt: its names are not those of {path}; list the "
-                                   "same names, or remove it")
+            raise usage.InputError(f"{root}/classes.txt: its names are not those of {path}; list "
+                                   "the same names, or remove it")
     return data
 
 

@@ -1094,16 +1094,14 @@ def load_checkpoint(path, kinds, remedy):
 
 
 def read_run(run):
-    """The settings.json and images.json of a finished stage 1."""
+    """The settings.json and images.json of a finished stage 1, unchanged since then."""
     remedy = f"run train_cls.py --run {run} with your --data and --backbone to its end, or " \
              "correct --run"
-    number_kinds = (int, float)
-    settings = read_json(run / "settings.json", {
-        "backbone": str, "weights": str, "size": int, "jitter": number_kinds,
-        "weight_decay": number_kinds, "temperature": number_kinds, "attention": bool,
-        "score_threshold": number_kinds, "images": str, "photographs": dict, "classifier": str,
-    }, remedy)
+    settings = read_json(run / "settings.json", {"fingerprint": str}, remedy)
     data = read_json(run / "images.json", {"root": str}, remedy)
+    frozen = {key: value for key, value in settings.items() if key != "fingerprint"}
+    if fingerprint(frozen) != settings["fingerprint"]:
+        raise InputError(f"{run}/settings.json: was edited; give the same train_cls.py command again")
     frozen = {key: value for key, value in data.items() if key != "root"}
     if fingerprint(frozen) != settings["images"]:
         raise InputError(f"{run}/images.json: differs from the data that the classifier was "
