@@ -1101,7 +1101,8 @@ def read_run(run):
     data = read_json(run / "images.json", {"root": str}, remedy)
     frozen = {key: value for key, value in settings.items() if key != "fingerprint"}
     if fingerprint(frozen) != settings["fingerprint"]:
-        raise InputError(f"{run}/settings.json: was edited; give the same train_cls.py command again")
+        raise InputError(f"{run}/settings.json: was edited; give the same train_cls.py command "
+                         "again")
     frozen = {key: value for key, value in data.items() if key != "root"}
     if fingerprint(frozen) != settings["images"]:
         raise InputError(f"{run}/images.json: differs from the data that the classifier was "
