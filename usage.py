@@ -1071,8 +1071,12 @@ def whole_folder(path, settings, parts=()):
     if RANK == 0:
         if hasattr(os, "sync"):
             os.sync()               # or a power cut may leave names without contents
-        shutil.rmtree(path, ignore_errors=True)
+        old = path.with_name(f"{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
         partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def is_there(path):
