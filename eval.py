@@ -1,6 +1,6 @@
-"""Stage 4: compare label maps with the true masks: IoU, FPR and FNR per class and in the mean.
+"""Stage 4: compare label maps with the true masks: IoU, FPR and FNR of each class, and their means.
 
-    python eval.py --run runs/toy-resnet50              seeds and segmentation, whatever is there
+    python eval.py --run runs/toy-resnet50              seeds, pseudo masks and segmentation
     python eval.py --run runs/toy-resnet50 --sweep      also other thresholds of the seeds
     python eval.py --pred DIR --truth DIR               any two folders of label PNGs
 
@@ -8,8 +8,9 @@ Writes report.json into the run folder. Per class, over all pixels of the split 
 
     IoU = TP / (TP + FP + FN),   FPR = FP / (TP + FP + FN),   FNR = FN / (TP + FP + FN)
 
-which add up to 1. Means run over the classes that the truth has, background included.
-Source: MCTformer's and WeakTr's definition.
+They add up to 1: FPR and FNR are shares of the union here, as in MCTformer and WeakTr, not the
+usual rates. Means run over the classes that the truth has, background included. Pseudo masks are measured
+with their void pixels filled.
 """
 
 import json
@@ -174,6 +175,8 @@ def measure_run(run, root, with_sweep):
         if not truth:
             print(f"{where}: not measured")
             continue
+        if name == "segmentation" and made_with.get("seeds") is None:
+            where += ", learnt from --pseudo-masks"
         if name == "segmentation":
             entries.append(measure_segmentation(folder, truth, data, where, made_with))
         else:
@@ -324,7 +327,8 @@ def find_truth(data, split, root):
             drawn_with = {"classes": data["classes"], "bytes": (root / outlines).stat().st_size}
         before = {}
         if folder.is_dir():
-            before = usage.read_json(folder / "settings.json", {}, f"remove {folder}")
+            remedy = f"move {folder} away, or to SegmentationClass if the masks are yours"
+            before = usage.read_json(folder / "settings.json", {}, remedy)
         if before != drawn_with:
             with usage.whole_folder(folder, drawn_with) as partial:
                 draw_coco_masks(root / outlines, root / f"{split}2014", data["classes"], partial)

@@ -7,10 +7,10 @@
 Writes a folder into the run, train/, val/ or images-FOLDER/, with
     seeds/<id>.png            the paper's seed areas: label maps in VOC's palette
     pseudo_masks/<id>.png     the same after refinement; what is uncertain is void (255)
-    maps/<id>.npz             the seed maps of the present classes behind both, which eval.py reads
+    maps/<id>.npz             the maps from which both were made, one for each present class
     seeds.png                 photograph | heat map | seed | pseudo mask | truth, of some images
-    labels.json               the predicted labels, where they are predicted
-    settings.json             what all this was made with
+    labels.json               the predicted classes (with --split val or --images only)
+    settings.json             the settings that made this folder
 The folder is complete or not there: until the end its name ends with .partial. If interrupted, run
 the same command again: it continues. True masks are read only for the last column of seeds.png.
 Next: train_seg.py, or eval.py.
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 import usage
 
@@ -57,8 +57,8 @@ def parse_arguments():
 
     add = parser.add_argument_group("seeds").add_argument
     add("--class-threshold", type=number(0, 1),
-        help="probability above which a class is predicted (default: predicts as many classes for "
-             "the training images as they have)")
+        help="probability above which a class is predicted (default: the value at which the "
+             "training images get as many classes as their labels contain)")
     add("--threshold", type=number(0, 1), help="value of a map above which a pixel is foreground")
     add("--scales", type=number(0.05, 8), nargs="+", help="sizes of the photograph, added up")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
@@ -157,6 +157,13 @@ def main():
         "affinity": args.affinity, "refine": args.refine,
         "class_threshold": args.class_threshold if predicted else None,
         "images": usage.fingerprint(ids, usage.sizes_of(images)), "classifier": settings}
+    if args.images:
+        made_with["folder"] = str(args.images.resolve())
+        before = target / "settings.json"
+        if before.is_file() and usage.read_json(before, {}, "remove it").get("folder") != made_with[
+                "folder"]:
+            raise usage.InputError(f"{target}: holds the seeds of another folder of that name; "
+                                   "move it away, or rename one of the folders")
     usage.lock(args.run)
     with usage.whole_folder(target, made_with, ["seeds", "pseudo_masks", "maps"]) as folder:
         mine = range(usage.RANK, len(ids), usage.WORLD)
@@ -197,11 +204,12 @@ def main():
         usage.wait_for_all()
         made = {name: path for name, path in zip(ids, images)
                 if (folder / f"maps/{name}.npz").is_file()}
+        if not made:
+            raise usage.InputError(f"{args.images}: no image in it can be read")
         if usage.RANK == 0:
             if predicted:
                 write_labels(folder, classes, made)
-            if made:
-                save_contact_sheet(folder, classes, made, truth)
+            save_contact_sheet(folder, classes, made, truth)
     if args.images:
         used = {path.name for path in made.values()}
         skipped = [path.name for path in sorted(args.images.iterdir()) if path.name not in used]
@@ -253,7 +261,9 @@ def save_contact_sheet(folder, classes, images, truth, width=180, height=120):
         masks = [folder / f"seeds/{name}.png", folder / f"pseudo_masks/{name}.png"]
         if len(headings) == 5:
             masks.append(truth.get(name, folder / "no true mask"))
-        photo = ImageOps.contain(usage.read_image(images[name]), (width, height))
+        photo = usage.read_image(images[name])
+        shrink = min(width / photo.width, height / photo.height)
+        photo = photo.resize([max(1, round(shrink * side)) for side in photo.size])
         present, maps, _ = usage.load_maps(folder / f"maps/{name}.npz", len(classes))
         tiles = [(np.asarray(photo), []), heat_tile(photo, present, maps, classes)]
         tiles += [mask_tile(photo, path, classes) for path in masks]

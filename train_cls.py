@@ -2,14 +2,16 @@
 
     python train_cls.py --backbone resnet50                     the toy scenes, in minutes on a CPU
     python train_cls.py --data VOC --download --backbone deit_small
-    python train_cls.py --temperature inf --reg-weight 0        plain CAM; 0 for inf: MIL
-    torchrun --nproc-per-node 4 -- train_cls.py ...             --batch-size is shared among them
+    python train_cls.py --temperature inf --reg-weight 0        plain CAM
+    python train_cls.py --temperature 0 --reg-weight 0          multiple-instance learning (MIL)
+    torchrun --nproc-per-node 4 -- train_cls.py ...             --batch-size is that of all together
 
 Writes into the run folder:
     classifier.pt, classifier.jsonl     the networks after the last complete epoch, and its log
     images.json                         the data as it was found, which later stages read
     settings.json                       the flags, the mAP, and the score that predicts a class
-If interrupted, run it again: it continues after the last complete epoch. It never opens a mask.
+If interrupted, run it again: it continues after the last complete epoch. It never reads a true mask
+to train; on the toy it draws them with the scenes.
 Next: make_seeds.py.
 """
 
@@ -17,6 +19,7 @@ import argparse
 import colorsys
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -341,6 +344,8 @@ def main():
         scores = classify(student, images[some], args, device)
         settings["score_threshold"] = score_threshold(scores, labels[some])
         _, images, labels = usage.read_split(data, "val", settings, args.data)
+        known = [k for k, (_, names) in enumerate(data["val"].values()) if names is not None]
+        images, labels = [images[k] for k in known], labels[known]
         if labels.any():
             scores = classify(student, images, args, device)
             settings["mAP"] = mean_average_precision(scores, labels)
@@ -622,8 +627,11 @@ def draw_toy(root, train=800, val=200, side=128):
     """
     if (root / "labels.json").is_file():
         return root
+    if root.exists():
+        raise usage.InputError(f"{root}: is in the way, and not the toy; move it to another name")
+    partial = root.with_name(f".partial-{os.getpid()}-{root.name}")
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
+        (partial / folder).mkdir(parents=True, exist_ok=True)
     texts = {"classes.txt": TOY_CLASSES}
     labels = {}
     for key, (split, count) in enumerate((("train", train), ("val", val))):
@@ -631,14 +639,18 @@ def draw_toy(root, train=800, val=200, side=128):
         texts[f"ImageSets/Segmentation/{split}.txt"] = names
         for number, name in enumerate(names):
             photo, mask = draw_scene(np.random.default_rng((key, number)), side)
-            with usage.written(root / f"JPEGImages/{name}.jpg") as temporary:
-                Image.fromarray(photo).save(temporary, quality=95)
-            usage.save_mask(root / f"SegmentationClass/{name}.png", mask)
+            Image.fromarray(photo).save(partial / f"JPEGImages/{name}.jpg", quality=95)
+            usage.save_mask(partial / f"SegmentationClass/{name}.png", mask)
             labels[name] = [c for k, c in enumerate(TOY_CLASSES, start=1) if (mask == k).any()]
     for name, lines in texts.items():
-        with usage.written(root / name) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    usage.write_json(root / "labels.json", labels)              # last: then all of it is there
+        (partial / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    usage.write_json(partial / "labels.json", labels)
+    try:
+        partial.rename(root)
+    except OSError:                                             # another process was faster
+        if not (root / "labels.json").is_file():
+            raise
+        shutil.rmtree(partial)
     return root
 
 

@@ -2,7 +2,7 @@
 
 Peng et al., "USAGE: A Unified Seed Area Generation Paradigm for Weakly Supervised Semantic
 Segmentation", ICCV 2023 (arXiv 2303.07806). We know the paper's abstract, its overview figure and
-a third-party digest. "Source: Sec. 4.x" and PAPER mark what these say. OURS marks what they do not
+a third-party summary. "Source: Sec. 4.x" and PAPER mark what these say. OURS marks what they do not
 say (the paper may), with the reason for our choice.
 
     1. The paper    Sec. 4.1  spatial_activation_distribution (alpha), class_scores (s~),
@@ -21,8 +21,9 @@ Letters: B images, C classes, K classes present in an image, D channels, h x w p
 activation map (N = h*w), H x W pixels of the image; s activation, alpha spatial activation
 distribution, y in {0, 1} image-level labels, q learning status, beta the distributions that L_REG
 compares, u their unit; tau1 temperature of L_GEN, tau2 and tau2' of L_REG. A prime (') marks the
-teacher's (the paper's figure has a tilde). Seed: the pixels first assigned to a class. CAM: class
-activation map. MIL: multiple-instance learning, where an image has a class if one position has it.
+teacher's (the paper's figure has a tilde). Seed: the rough mask of a class, made from the
+classifier's activations. CAM: class activation map. MIL: multiple-instance learning, where an image
+has a class if one position has it.
 """
 
 import argparse
@@ -1039,9 +1040,9 @@ def lock(run):
     except (BlockingIOError, PermissionError):                  # EAGAIN and EACCES: it is held
         raise InputError(f"{run}: another process is already writing there; wait for it, or use "
                          "another --run") from None
-    except OSError:                                             # a file system without locks
-        pass
-    for left in run.glob(".partial-*"):                         # by a process that was killed
+    except OSError:
+        print(f"warning: {run} is on a file system without locks; run one process there at a time")
+    for left in run.glob(".partial-[0-9]*"):                    # by a process that was killed
         left.unlink()
 
 
@@ -1055,8 +1056,12 @@ def whole_folder(path, settings, parts=()):
     partial = path.with_name(f"{path.name}.partial")
     if path.exists() and not (path / "settings.json").is_file():
         raise InputError(f"{path}: is in the way, and not a folder of results; move it away")
+    made_with = partial / "settings.json"
+    left_there = [file for file in partial.rglob("[!.]*") if file.is_file()]
+    if left_there and not made_with.is_file():
+        raise InputError(f"{partial}: is in the way, and not of an interrupted run; move it away")
+    wait_for_all()                                      # nobody writes before all have looked
     if RANK == 0:
-        made_with = partial / "settings.json"
         wanted = json.dumps(settings, indent=1).encode()        # as write_json writes them
         if not (made_with.is_file() and made_with.read_bytes() == wanted):
             shutil.rmtree(partial, ignore_errors=True)
@@ -1071,7 +1076,7 @@ def whole_folder(path, settings, parts=()):
     if RANK == 0:
         if hasattr(os, "sync"):
             os.sync()               # or a power cut may leave names without contents
-        old = path.with_name(f"{path.name}.old")
+        old = path.with_name(f".partial-old-{path.name}")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
