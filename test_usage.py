@@ -4047,6 +4047,14 @@ def test_draw_toy_overwrites_nothing_of_the_user(tmp_path):
     assert digest(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["images.json", "settings.json"])
+def test_train_cls_overwrites_no_table_of_the_user(name, toy, tmp_path, capsys):
+    (tmp_path / name).write_text('{"mine": 1}')
+    fails(capsys, "train_cls.py", "--data", toy, "--run", tmp_path, "--epochs", 1,
+          "--backbone", "mobilenet_v2", *SMALL)
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
 @pytest.mark.parametrize("name", ["train.old", "train.partial"])
 def test_whole_folder_keeps_what_the_user_put_beside_it(name, tmp_path):
     with usage.whole_folder(tmp_path / "train", {"threshold": 0.4}):

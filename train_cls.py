@@ -284,6 +284,11 @@ def main():
 
     # ---- training: a cycle of L_GEN alone, then one with L_REG
     usage.lock(args.run)
+    if not (args.run / "classifier.pt").is_file():
+        for name, key in (("images.json", "root"), ("settings.json", "fingerprint")):
+            if (args.run / name).is_file():                     # which would be overwritten
+                remedy = "it is not of a run: move it away, or use another --run"
+                usage.read_json(args.run / name, {key: str}, remedy)
     parts = {"student": student, "teacher": teacher, "optimiser": optimiser, "schedule": schedule}
     progress = {"epoch": 0, "log": [], "running_l_gen": math.log(2)}        # that of zero logits
     for epoch in usage.training_epochs(
