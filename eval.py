@@ -9,8 +9,8 @@ Writes report.json into the run folder. Per class, over all pixels of the split 
     IoU = TP / (TP + FP + FN),   FPR = FP / (TP + FP + FN),   FNR = FN / (TP + FP + FN)
 
 They add up to 1: FPR and FNR are shares of the union here, as in MCTformer and WeakTr, not the
-usual rates. Means run over the classes that the truth has, background included. Pseudo masks are measured
-with their void pixels filled.
+usual rates. Means run over the classes that the truth has, background included. Pseudo masks are
+measured with their void pixels filled.
 """
 
 import json
