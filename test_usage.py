@@ -40,6 +40,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1432,7 +1433,7 @@ def test_read_image_of_every_mode(tmp_path):
     with pytest.raises(usage.InputError, match="bomb.png: .*cannot be read as an image"):
         usage.read_image(tmp_path / "bomb.png")
     turned = Image.Exif()
-    turned[0x0112] = 6                                          # the camera was turned by 90 degrees
+    turned[0x0112] = 6                                          # the camera was turned to its side
     picture.save(tmp_path / "turned.jpg", exif=turned)
     assert usage.read_image(tmp_path / "turned.jpg").size == (16, 32)
 
@@ -1470,7 +1471,7 @@ def test_reading_lets_a_full_memory_and_our_own_mistakes_pass():
     with pytest.raises(MemoryError), usage.reading("a.json", "repair it"):
         raise MemoryError
     with pytest.raises(AttributeError), usage.reading("a.json", "repair it"):
-        usage.enlarged(None, (4, 4))                            # None has no shape
+        usage.resized_labels(None, (4, 4))                      # None has no shape
     with pytest.raises(usage.InputError, match="^a.json: two lines; repair it$"):
         with usage.reading("a.json", "repair it"):
             raise ValueError("two\n lines")
@@ -1524,6 +1525,14 @@ def test_training_epochs_keep_the_log_in_the_checkpoint(tmp_path):
     assert usage.load_checkpoint(path, {}, "")["progress"] == {"epoch": 3, "log": expected}
     lines = path.with_suffix(".jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == expected
+
+
+def test_counted_records_every_tenth_step_of_all_epochs():
+    log = []
+    for epoch in range(5):                                      # of six steps of four images
+        for _, record in usage.counted(range(6), 5 * 6 * 4, epoch * 6 * 4, 4, log):
+            record["loss"] = 1.0
+    assert [entry["images"] for entry in log] == [40, 80, 120]
 
 
 def test_training_epochs_write_the_log_of_a_finished_training(tmp_path):
@@ -1683,22 +1692,43 @@ def test_one_line_errors_hide_no_mistake_of_ours():
         raise TypeError("no such argument")
 
 
-def test_one_line_errors_without_a_reader_or_a_terminal():
+# Importing torch takes seconds: one server does it, and forks the processes that are started here.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision", "torchvision.models.segmentation"])
+
+
+def forked(code, errors, **variables):
+    """Start a process that executes code; what it prints as errors goes into a file."""
+    opened = "import os\nos.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)\n"
+    variables |= {"errors": str(errors), "folder": str(HERE)}
+    process = FORKS.Process(target=exec, args=(opened + code, variables))
+    process.start()
+    return process
+
+
+PRINTING = """
+import sys
+sys.path.insert(0, folder)
+import usage
+if has_reader:
+    sys.stdout = None                                           # no terminal, and no file
+else:
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = open(writer, "w")
+with usage.one_line_errors(""):
+    print("a line", flush=flush)
+"""
+
+
+@pytest.mark.parametrize("has_reader, flush, code", [
+    (False, True, 141), (False, False, 141), (True, False, 0)])
+def test_one_line_errors_without_a_reader_or_a_terminal(has_reader, flush, code, tmp_path):
     """As under "| head", whether it breaks at a line of progress or at the end; and without any."""
-    code = "import usage\nwith usage.one_line_errors(''):\n    print('a line', flush={})"
-    environment = os.environ | {"PYTHONUNBUFFERED": ""}
-    how = {"cwd": HERE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
-    broken = [subprocess.Popen([sys.executable, "-c", code.format(flush)], **how)
-              for flush in (True, False)]
-    for process in broken:
-        process.stdout.close()
-    none = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code.format(False)]
-    done = subprocess.run(none, cwd=HERE, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
-    for process in broken:
-        assert process.stderr.read() == b""
-        assert process.wait() == 141
-        process.stderr.close()
+    process = forked(PRINTING, tmp_path / "errors.txt", has_reader=has_reader, flush=flush)
+    process.join(60)
+    assert (tmp_path / "errors.txt").read_bytes() == b""
+    assert process.exitcode == code
 
 
 # ---- The four stages -----------------------------------------------------------------------------
@@ -1706,7 +1736,7 @@ def test_one_line_errors_without_a_reader_or_a_terminal():
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--"]
 SMALL = [
     "--weights", "none", "--size", "33", "--batch-size", "4", "--workers", "0", "--reg-epochs", "0"]
-BOTH = ["--epochs", "1", *SMALL, "--reg-epochs", "1"]           # an epoch without and one with L_REG
+BOTH = ["--epochs", "1", *SMALL, "--reg-epochs", "1"]           # an epoch without, one with L_REG
 # What `finished` was trained with; this learning rate and seed find something in some images.
 AGAIN = ["train_cls.py", "--backbone", "mobilenet_v2", *BOTH, "--lr", "0.003", "--seed", "1"]
 SEEDS = ["make_seeds.py", "--scales", "1", "2", "--workers", "0"]
@@ -1734,6 +1764,42 @@ def torchrun(script, *arguments):
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, cwd=HERE)
     return done.returncode, done.stderr
+
+
+STAGE = """
+import resource, runpy, sys
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+os.environ.update(environment)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.path.insert(0, folder)
+sys.argv = command
+runpy.run_path(command[0], run_name="__main__")
+"""
+
+
+def start(script, *arguments, errors=os.devnull, environment=None, limit=resource.RLIM_INFINITY):
+    """Start a stage as a process of its own. limit: of the bytes in a file."""
+    command = [str(HERE / script), *map(str, arguments)]
+    return forked(STAGE, errors, command=command, environment=environment or {}, limit=limit)
+
+
+def in_two_processes(script, *arguments):
+    """Run a stage as torchrun does, which takes longer; the exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+              "TORCHELASTIC_RUN_ID": "tests"}
+    ranks = [start(script, "--device", "cpu", *arguments,
+                   environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+             for rank in range(2)]
+    while any(rank.is_alive() for rank in ranks):
+        if any(rank.exitcode for rank in ranks):                # the other would wait for it
+            for rank in ranks:
+                rank.kill()
+        ranks[0].join(0.1)
+        ranks[1].join(0.1)
+    return [rank.exitcode for rank in ranks]
 
 
 def copy_of(run, folder, name="run", without=()):
@@ -1789,7 +1855,8 @@ def finished(toy, tmp_path_factory):
 
 def test_stages_of_a_cnn_in_turn(finished, toy, tmp_path):
     run, printed = finished
-    assert re.search(r"16 images +L_GEN [\d.]+ +L_REG [\d.e-]+ .*images/s +0:00:00 left", printed[0])
+    progress = r"16 images +L_GEN [\d.]+ +L_REG [\d.e-]+ .*images/s +0:00:00 left"
+    assert re.search(progress, printed[0])
     assert "4 steps (few: consider a smaller --batch-size)" in printed[0]
     assert "val, 4 images: mAP" in printed[0]
     for output, script in zip(printed, ("make_seeds.py", "train_seg.py", "eval.py")):
@@ -2260,26 +2327,19 @@ def test_train_cls_of_maps_of_one_position(toy, tmp_path):
     assert last["lr"] == pytest.approx(1e-3 * train_cls.learning_rate(11, 10, 12))  # the step's own
 
 
-def start(*arguments, **how):
-    """Start a stage as a process of its own."""
-    command = [sys.executable, *map(str, (HERE / arguments[0], *arguments[1:]))]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
-
-
 def wait_for(path, process):
     """Wait until a process has written a file."""
     while not path.exists():
         time.sleep(0.01)
-        assert process.poll() is None, f"ended before {path}"
+        assert process.is_alive(), f"ended before {path}"
 
 
 def kill_when_there(path, *arguments):
     """Start a stage, and kill it as soon as it has written a file."""
     process = start(*arguments)
     wait_for(path, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
 
 
 class Killed(BaseException):
@@ -2392,20 +2452,32 @@ def test_whole_folder_ends_the_same_whenever_its_stage_is_killed(command, name, 
     assert digest(run) == before
 
 
+def begin_to_remove(path, **how):
+    """What a kill leaves of shutil.rmtree: settings.json may be the first file to go."""
+    if Path(path).is_dir():
+        (Path(path) / "settings.json").unlink()
+        raise Killed
+
+
 def test_whole_folder_ends_the_same_if_killed_while_the_old_one_is_removed(finished, tmp_path):
     run = copy_of(finished[0], tmp_path)
     before = digest(run)
-
-    def begin_to_remove(path, **how):
-        if Path(path).is_dir():
-            (Path(path) / "settings.json").unlink()
-            raise Killed
-
     with pytest.raises(Killed), mock.patch.object(shutil, "rmtree", begin_to_remove):
         stage(*SEEDS, "--run", run)
     train = {path: content for path, content in before.items() if path.parts[0] == "train"}
     after = digest(run)
     assert {path: after[path] for path in train} == train       # the new ones are in place
+    stage(*SEEDS, "--run", run)
+    assert digest(run) == before
+
+
+def test_whole_folder_ends_the_same_if_killed_while_a_partial_one_is_removed(finished, tmp_path):
+    run = copy_of(finished[0], tmp_path)
+    before = digest(run)
+    shutil.copytree(run / "train", run / "train.partial")
+    edited(run / "train.partial/settings.json", lambda table: table.update(threshold=0.3))
+    with pytest.raises(Killed), mock.patch.object(shutil, "rmtree", begin_to_remove):
+        stage(*SEEDS, "--run", run)
     stage(*SEEDS, "--run", run)
     assert digest(run) == before
 
@@ -2423,24 +2495,23 @@ def test_make_seeds_that_was_killed_ends_the_same(finished, tmp_path):
 
 def test_one_line_errors_say_how_to_go_on_after_ctrl_c(toy, tmp_path):
     process = start("train_cls.py", "--data", toy, "--run", tmp_path, "--backbone", "mobilenet_v2",
-                    "--epochs", 100, *SMALL)
+                    "--epochs", 100, *SMALL, errors=tmp_path / "errors.txt")
     wait_for(tmp_path / "classifier.pt", process)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate()[1].strip().splitlines()
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    errors = (tmp_path / "errors.txt").read_text().strip().splitlines()
+    assert process.exitcode == 130
     assert errors == ["train_cls.py: interrupted; run the same command again"]
 
 
 def test_train_seg_on_a_disk_that_fills_up(finished, tmp_path):
     """Files can grow to 1 MB only, less than a checkpoint has."""
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))
-
     run = copy_of(finished[0], tmp_path, without=["segment*"])
     before = digest(run)
-    process = start(*SEGMENT, "--run", run, preexec_fn=limit)
-    errors = process.communicate(timeout=120)[1].strip().splitlines()
-    assert process.returncode == 2
+    process = start(*SEGMENT, "--run", run, errors=tmp_path / "errors.txt", limit=2 ** 20)
+    process.join(120)
+    errors = (tmp_path / "errors.txt").read_text().strip().splitlines()
+    assert process.exitcode == 2
     assert len(errors) == 1, errors
     assert "once this is fixed, run the same command again" in errors[0]
     assert digest(run) == before
@@ -2467,7 +2538,7 @@ def test_make_seeds_and_train_seg_in_two_processes(finished, tmp_path):
     """Seeds and segmentation; then other seeds, which replace those."""
     run = copy_of(finished[0], tmp_path, without=["seg*", "train"])
     assert torchrun(*SEEDS, "--run", run) == (0, mock.ANY)
-    assert torchrun(*SEGMENT, "--run", run) == (0, mock.ANY)
+    assert in_two_processes(*SEGMENT, "--run", run) == [0, 0]
     assert len(list((run / "segmentation").glob("*.png"))) == 4
     assert (run / "train/settings.json").read_bytes() == (
         finished[0] / "train/settings.json").read_bytes()
@@ -2508,7 +2579,7 @@ def test_train_cls_in_two_processes_has_the_losses_of_one(backbone, toy, tmp_pat
         "--reg-epochs", 5, "--max-rate", 0, "--no-adaptive", "--lr", 1e-4,
         "--reg-temperature", 0.2, "--teacher-temperature", 0.1]
     stage("train_cls.py", *command, "--run", tmp_path / "one", "--device", "cpu")
-    assert torchrun(script, *command, "--run", tmp_path / "two") == (0, mock.ANY)
+    assert in_two_processes(script, *command, "--run", tmp_path / "two") == [0, 0]
     losses = []
     for run in ("one", "two"):
         lines = (tmp_path / run / "classifier.jsonl").read_text().splitlines()
@@ -3143,12 +3214,13 @@ def test_train_cls_into_a_folder_that_cannot_be_made(toy, tmp_path, capsys):
     assert re.search("file/run': once this is fixed, run the same command again", message)
 
 
-def test_start_processes_without_torchrun_starts_one():
-    code = "import usage; print(usage.RANK, usage.WORLD, usage.start_processes('cpu'))"
-    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=HERE, capture_output=True, text=True)
-    assert done.stdout == "0 1 cpu\n"
+def test_start_processes_without_torchrun_starts_one(monkeypatch):
+    monkeypatch.setenv("RANK", "1")                             # as some clusters set them
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    names = runpy.run_path(str(HERE / "usage.py"))
+    assert (names["RANK"], names["WORLD"]) == (0, 1)
+    assert names["start_processes"]("cpu") == torch.device("cpu")
+    assert not torch.distributed.is_initialized()
 
 
 def test_start_processes_gives_a_cuda_device_its_number(monkeypatch):

@@ -678,7 +678,8 @@ def take_defaults(args, recipes, backbone, weights):
             setattr(args, key, value)
     if RANK == 0:
         text = ", ".join(f"{key} {value}" for key, value in vars(args).items())
-        print(textwrap.fill(f"settings: {text}", 100, subsequent_indent="  "))
+        print(textwrap.fill(f"settings: {text}", 100, subsequent_indent="  ",
+                            break_on_hyphens=False, break_long_words=False))
     return recipe
 
 
@@ -1064,7 +1065,7 @@ def whole_folder(path, settings, parts=()):
     if RANK == 0:
         wanted = json.dumps(settings, indent=1).encode()        # as write_json writes them
         if not (made_with.is_file() and made_with.read_bytes() == wanted):
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(moved_away(partial), ignore_errors=True)
             for folder in (partial, *(partial / part for part in parts)):
                 folder.mkdir()
             write_json(made_with, settings)
@@ -1076,12 +1077,18 @@ def whole_folder(path, settings, parts=()):
     if RANK == 0:
         if hasattr(os, "sync"):
             os.sync()               # or a power cut may leave names without contents
-        old = path.with_name(f".partial-old-{path.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
+        old = moved_away(path)
         partial.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def moved_away(path):
+    """Rename a folder that is to be removed, which can be interrupted; its new name."""
+    old = path.with_name(f".partial-old-{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    return old
 
 
 def is_there(path):
@@ -1218,7 +1225,7 @@ def counted(items, total, done=0, step=1, log=None):
     """
     start = time.time()
     first = done
-    for count, item in enumerate(items, start=1):
+    for item in items:
         record = {}
         yield item, record
         done += step
@@ -1226,7 +1233,7 @@ def counted(items, total, done=0, step=1, log=None):
             if not math.isfinite(value):
                 raise InputError(f"after {done} images, {key} is {value}: lower --lr and, if an "
                                  "epoch is already saved, use a new --run")
-        if count % 10 and done < total:
+        if done // step % 10 and done < total:
             continue
         speed = (done - first) / max(time.time() - start, 1e-9)
         left = datetime.timedelta(seconds=int((total - done) / speed))
