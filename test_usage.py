@@ -1738,7 +1738,7 @@ SMALL = [
     "--weights", "none", "--size", "33", "--batch-size", "4", "--workers", "0", "--reg-epochs", "0"]
 BOTH = ["--epochs", "1", *SMALL, "--reg-epochs", "1"]           # an epoch without, one with L_REG
 # What `finished` was trained with; this learning rate and seed find something in some images.
-AGAIN = ["train_cls.py", "--backbone", "mobilenet_v2", *BOTH, "--lr", "0.003", "--seed", "1"]
+AGAIN = ["train_cls.py", "--backbone", "mobilenet_v2", *BOTH, "--lr", "0.006", "--seed", "1"]
 SEEDS = ["make_seeds.py", "--scales", "1", "2", "--workers", "0"]
 SEGMENT = ["train_seg.py", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
 
@@ -1892,7 +1892,7 @@ def test_stages_write_settings_that_contain_those_before(finished):
     trained = read(run / "settings.json")
     seeds = read(run / "train/settings.json")
     segmented = read(run / "segmentation/settings.json")
-    assert (trained["backbone"], trained["lr"], trained["epochs"]) == ("mobilenet_v2", 0.003, 1)
+    assert (trained["backbone"], trained["lr"], trained["epochs"]) == ("mobilenet_v2", 0.006, 1)
     assert seeds["classifier"] == trained
     assert (seeds["threshold"], seeds["scales"], seeds["refine"]) == (0.4, [1.0, 2.0], True)
     assert segmented["classifier"] == trained
@@ -2127,9 +2127,9 @@ def test_make_seeds_makes_a_folder_of_other_settings_anew(finished, tmp_path, ca
     run = copy_of(finished[0], tmp_path)
     before = digest(run / "train")
     (run / "train/of another program").touch()
-    output = stage(*SEEDS, "--run", run, "--threshold", 0.2)
-    assert "threshold 0.2" in output
-    assert read(run / "train/settings.json")["threshold"] == 0.2
+    output = stage(*SEEDS, "--run", run, "--threshold", 0.05)
+    assert "threshold 0.05" in output
+    assert read(run / "train/settings.json")["threshold"] == 0.05
     after = digest(run / "train")
     assert after.keys() == before.keys()
     assert after != before
@@ -2141,7 +2141,7 @@ def test_make_seeds_makes_a_folder_of_other_settings_anew(finished, tmp_path, ca
     assert "segmenter.pt: made with a different pseudo_masks, seeds; use another --run" in message
     output = stage("eval.py", "--run", run)
     assert f"{run}/segmentation: made from other seeds, so not measured" in output
-    assert [entry["threshold"] for entry in read(run / "report.json")] == [0.2, 0.2]
+    assert [entry["threshold"] for entry in read(run / "report.json")] == [0.05, 0.05]
     stage(*SEEDS, "--run", run)
     assert digest(run / "train") == before
 
@@ -2585,7 +2585,7 @@ def test_train_cls_in_two_processes_has_the_losses_of_one(backbone, toy, tmp_pat
         lines = (tmp_path / run / "classifier.jsonl").read_text().splitlines()
         losses.append([[json.loads(line)[key] for key in ("L_GEN", "L_REG")] for line in lines])
     assert losses[0][-1][1] > 0
-    np.testing.assert_allclose(*losses, rtol=1e-3)
+    np.testing.assert_allclose(*losses, rtol=5e-3)
 
 
 def weights_command(toy, tmp_path):
@@ -2986,7 +2986,8 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
         SEG, "segmenter.pt: made with a different pseudo_masks", text(PSEUDO, "")),
     "other pseudo masks than its own": (
         [*SEG, "--pseudo-masks", "RUN/train/seeds"],
-        "segmenter.pt: made with a different pseudo_masks, seeds", None),
+        "segmenter.pt: made with a different pseudo_masks, seeds",
+        picture("run/train/seeds/train_0000.png", value=1)),
     "pseudo mask of another size": (
         SEG, "train_0000.png: is 20x20", both(picture(PSEUDO, 20), gone(SEGMENTER))),
     "pseudo masks of another classifier": (

@@ -247,8 +247,8 @@ def main():
     settings["initial"] = usage.fingerprint(*(state or {}).values())
     settings["images"] = usage.fingerprint(data)
     settings["photographs"] = {split: usage.sizes_of(paths) for split, paths in splits.items()}
-    _, images, labels = usage.read_split(data, "train", settings, args.data)
-    chance = usage.chance_loss(labels)                          # that of class frequencies alone
+    _, paths, all_labels = usage.read_split(data, "train", settings, args.data)
+    chance = usage.chance_loss(all_labels)                      # that of class frequencies alone
     if chance == 0:
         raise usage.InputError(f"{args.data}: all images of train have the same classes; add "
                                "images with others")
@@ -258,12 +258,12 @@ def main():
     transform = v2.Compose([
         v2.RandomResizedCrop(args.size, scale=(0.5, 1.0)), v2.RandomHorizontalFlip(),
         v2.ColorJitter(args.jitter, args.jitter, args.jitter), usage.TO_TENSOR])
-    photographs = usage.Photographs(images, labels, len(classes), transform, args.random_seed)
+    photographs = usage.Photographs(paths, all_labels, len(classes), transform, args.random_seed)
     loader = usage.training_loader(photographs, args.batch_size, args.workers, device)
     epochs = args.epochs + args.reg_epochs
     first_steps, steps = args.epochs * len(loader), epochs * len(loader)
     few = " (few: consider a smaller --batch-size)" if steps < 100 else ""
-    print(f"{args.data}: {len(images)} images of train, {len(classes)} classes; {args.backbone} on "
+    print(f"{args.data}: {len(paths)} images of train, {len(classes)} classes; {args.backbone} on "
           f"{device} x {usage.WORLD}, {steps} steps{few}, run folder {args.run}")
 
     # ---- student, teacher, optimiser
@@ -295,12 +295,13 @@ def main():
             args.run / "classifier.pt", settings, parts, progress, epochs, loader):
         with_l_reg = args.reg_weight > 0 and epoch >= args.epochs
         max_rate = args.max_rate if with_l_reg else 0.0         # OURS: nothing is dropped before
-        done = epoch * len(loader) * args.batch_size
+        done = epoch * len(loader) * args.batch_size            # images
         student.train()
         teacher.train()
 
         for (images, labels), record in usage.counted(
-                loader, steps * args.batch_size, done, args.batch_size, progress["log"]):
+                loader, total=steps * args.batch_size, done=done, step=args.batch_size,
+                log=progress["log"]):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             images = usage.NORMALISE(images)                                # (B, 3, H, W)
             labels = labels.to(device, non_blocking=True)                   # (B, C)
@@ -308,13 +309,13 @@ def main():
             # Sec. 4.2: how far the classifier has come.
             q = usage.learning_status(progress["running_l_gen"], chance)
 
-            # Sec. 4.2: strong adjustment for the student, weak for the teacher; both grow with q.
+            # Sec. 4.2, network adjustment: the student drops much, the teacher less, both with q.
             usage.set_adjustment(student, max_rate * q)
             usage.set_adjustment(teacher, args.weak_ratio * max_rate * q)
 
             # Sec. 4.1: classify the images through the spatial activation distribution alpha.
             s, alpha = usage.activations_and_alpha(
-                ddp, images, args.temperature, args.attention)              # (B, C, h, w), both
+                ddp, images, args.temperature, args.attention)  # (B, C, h, w); alpha may have C = 1
             l_gen = usage.generation_loss(s, alpha, labels)
 
             # Sec. 4.2: pull the student's distributions to those of the teacher's view.
@@ -344,17 +345,16 @@ def main():
     usage.write_json(args.run / "images.json", {"root": str(args.data.resolve()), **data})
     settings["classifier"] = usage.fingerprint(*student.state_dict().values())
     if not is_finished(args.run, settings["classifier"]):
-        _, images, labels = usage.read_split(data, "train", settings, args.data)
-        some = slice(None, None, max(1, len(images) // 1000))
-        scores = classify(student, images[some], args, device)
-        settings["score_threshold"] = score_threshold(scores, labels[some])
-        _, images, labels = usage.read_split(data, "val", settings, args.data)
+        some = slice(None, None, max(1, len(paths) // 1000))
+        scores = classify(student, paths[some], args, device)
+        settings["score_threshold"] = score_threshold(scores, all_labels[some])
+        _, paths, all_labels = usage.read_split(data, "val", settings, args.data)
         known = [k for k, (_, names) in enumerate(data["val"].values()) if names is not None]
-        images, labels = [images[k] for k in known], labels[known]
-        if labels.any():
-            scores = classify(student, images, args, device)
-            settings["mAP"] = mean_average_precision(scores, labels)
-            print(f"val, {len(images)} images: mAP {settings['mAP']:.3f}")
+        paths, all_labels = [paths[k] for k in known], all_labels[known]
+        if all_labels.any():
+            scores = classify(student, paths, args, device)
+            settings["mAP"] = mean_average_precision(scores, all_labels)
+            print(f"val, {len(paths)} images: mAP {settings['mAP']:.3f}")
         else:
             print("no mAP: there are no val images with labels")
         settings["fingerprint"] = usage.fingerprint(settings)   # tells if somebody edits them

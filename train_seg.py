@@ -155,9 +155,10 @@ def main():
     for epoch in usage.training_epochs(
             args.run / "segmenter.pt", settings, parts, progress, args.epochs, loader):
         segmenter.train()
-        done = epoch * len(loader) * args.batch_size
+        done = epoch * len(loader) * args.batch_size            # images
         for (images, masks), record in usage.counted(
-                loader, steps * args.batch_size, done, args.batch_size, progress["log"]):
+                loader, total=steps * args.batch_size, done=done, step=args.batch_size,
+                log=progress["log"]):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             images = usage.NORMALISE(images)                                # (B, 3, H, W)
             masks = masks.to(device, non_blocking=True).long()              # (B, H, W)

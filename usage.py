@@ -21,9 +21,9 @@ Letters: B images, C classes, K classes present in an image, D channels, h x w p
 activation map (N = h*w), H x W pixels of the image; s activation, alpha spatial activation
 distribution, y in {0, 1} image-level labels, q learning status, beta the distributions that L_REG
 compares, u their unit; tau1 temperature of L_GEN, tau2 and tau2' of L_REG. A prime (') marks the
-teacher's (the paper's figure has a tilde). Seed: the rough mask of a class, made from the
-classifier's activations. CAM: class activation map. MIL: multiple-instance learning, where an image
-has a class if one position has it.
+teacher's; in the paper's figure a tilde does, which here marks the class scores s~. Seed: the rough
+mask of a class, made from a map of the classifier's activations. CAM: class activation map. MIL:
+multiple-instance learning, where an image has a class if one position has it.
 """
 
 import argparse
@@ -164,7 +164,7 @@ def chance_loss(labels):
 def learning_status(running_loss, chance):
     """q: how far the classifier has come: 0 until it beats chance, towards 1 as L_GEN falls.
 
-        q = clip(1 - running L_GEN / chance, 0, 1)
+        q = max(0, 1 - running L_GEN / chance)
 
     running_loss >= 0, chance > 0 (see `chance_loss`; inf gives 1), floats -> float in [0, 1].
     Raises ValueError otherwise. Source: Sec. 4.2. OURS: the scale. The paper adapts to a "learning
@@ -238,14 +238,15 @@ def ema_teacher(student, decay):
 def seed_maps(activations, size):
     """One map for each class, of the image's size, from activations at several scales and flips.
 
-        m[c]    = sum over scales and flips of ReLU(s[c]), enlarged bilinearly
-        seed[c] = m[c] / max over pixels of m[c]
+        m[c]   = sum over scales and flips of ReLU(s[c]), enlarged bilinearly
+        map[c] = m[c] / max over pixels of m[c]
 
-    activations: a list of (B, K, h_k, w_k), of the present classes, flips already mirrored back;
-    size (H, W) -> (B, K, H, W) in [0, 1], float32; all 0 for a class with no positive activation.
+    activations: a list of (B, K, h_k, w_k), flips already mirrored back, of all classes or of an
+    image's present ones; size (H, W)
+    -> (B, K, H, W) in [0, 1], float32; all 0 for a class with no positive activation.
     Source: IRN (Ahn et al., CVPR 2019) and MCTformer (Xu et al., CVPR 2022), which also enlarge
     with align_corners=False. A CNN's outermost positions lie on the outermost pixels if the side is
-    16n + 1; enlarging this way shifts the map towards the middle, by (16n + 1) / (16n + 16). IRN
+    16n + 1; enlarging this way shrinks the map towards its middle, to (16n + 1) / (16n + 16). IRN
     enlarges to the next multiple of 16 and crops; we enlarge to the size.
     """
     total = sum(
@@ -277,20 +278,21 @@ def label_map(maps, threshold, classes=None):
     winner = with_background.max(1).indices                         # (B, H, W), 0 for background
     if classes is None:
         return winner
-    return F.pad(classes + 1, (1, 0))[winner]
+    labels = F.pad(classes + 1, (1, 0))                             # (1 + K,): 0, then each map's
+    return labels[winner]
 
 
 @torch.no_grad()
 def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterations=20):
     """Pixel-adaptive refinement: each pixel moves towards its similarly coloured neighbours.
 
-        p[i]    = sigmoid((seed[i] - threshold) / 0.1)
-        a[i,j]  = softmax over j of  - mean over colours of |x[i] - x[j]| / (0.1 * sigma[i])
-        p[i]   <- sum_j a[i,j] * p[j], `iterations` times
-        seed[i] = threshold + 0.1 * logit(p[i])
+        p[i]   = sigmoid((map[i] - threshold) / 0.1)
+        a[i,j] = softmax over j of  - mean over colours of |x[i] - x[j]| / (0.1 * sigma[i])
+        p[i]  <- sum_j a[i,j] * p[j], `iterations` times
+        map[i] = threshold + 0.1 * logit(p[i])
 
-    j runs over the 8 neighbours at each dilation; sigma[i] is the standard deviation of a colour
-    over these 48. images (B, 3, H, W) in any unit, maps (B, K, H, W) in [0, 1], threshold in [0, 1]
+    j runs over the 8 neighbours at each dilation; sigma[i] is each colour's standard deviation over
+    these 48. images (B, 3, H, W) in any unit, maps (B, K, H, W) in [0, 1], threshold in [0, 1]
     -> (B, K, H, W) in [0, 1], on which the threshold means what it did before. No gradient.
     Images are first reduced to a longer side of at most 160 pixels.
     Source: PAMR (Araslanov & Roth, CVPR 2020), which also gives the dilations and the 0.1 in a, but
@@ -318,7 +320,8 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
     # The affinities, from differences in colour. A window's centre does not differ from itself: it
     # adds nothing to sums over the neighbours, and gets no weight.
     n = 8 * len(dilations)
-    difference = torch.stack(windows(F.pad(x, 4 * (reach,), mode="replicate"))) - x
+    windows_of_x = windows(F.pad(x, 4 * (reach,), mode="replicate"))
+    difference = torch.stack(windows_of_x) - x                      # (6, 3, 3, B, 3, h, w)
     mean = difference.sum((0, 1, 2)) / n                                        # (B, 3, h, w)
     squares = (difference ** 2).sum((0, 1, 2))
     sigma = ((squares - n * mean ** 2).clamp_min(0) / (n - 1)).sqrt() + 1e-8    # (B, 3, h, w)
@@ -329,7 +332,7 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
     # The iterations. Three dilations at a time: few calls, and products that fit into the cache.
     canvas = F.pad(p, 4 * (reach,), mode="replicate")
     neighbours = windows(canvas)
-    products = p.new_empty(3, 3, 3, *p.shape)
+    products = p.new_empty(3, 3, 3, *p.shape)                       # 3 dilations, 3 x 3 neighbours
     for _ in range(iterations):
         total = 0
         for first in range(0, len(dilations), 3):
