@@ -1,7 +1,7 @@
 """Stage 4: compare label maps with the true masks: IoU, FPR and FNR of each class, and their means.
 
     python eval.py --run runs/toy-resnet50              seeds, pseudo masks and segmentation
-    python eval.py --run runs/toy-resnet50 --sweep      also other thresholds of the seeds
+    python eval.py --run runs/toy-resnet50 --sweep      also at the best thresholds
     python eval.py --pred DIR --truth DIR               any two folders of label PNGs
 
 Writes report.json into the run folder. Per class, over all pixels of the split that are not void:
@@ -211,7 +211,8 @@ def measure_seeds(folder, truth, data, where, made_with, with_sweep):
             at_threshold(sum(halves), threshold), classes, what=what, where=where,
             threshold=threshold))
     if with_sweep:
-        entries += sweep(counts, classes, where, threshold)
+        for what, halves in counts.items():
+            entries += sweep(what, halves, classes, where)
     return entries
 
 
@@ -237,26 +238,26 @@ def count_maps(folder, truth, num_classes):
     return counts
 
 
-def sweep(counts, classes, where, threshold):
-    """Entries for the seeds' best thresholds: chosen on one half for the other, and an oracle's.
+def sweep(what, halves, classes, where):
+    """Entries at the maps' best thresholds: one chosen on one half for the other, and an oracle's.
 
-    The half is every second image, the first included. The oracle chooses on the masks it is
-    measured on.
+    what: "seeds", or "pseudo masks", whose maps were refined for another threshold. The half to
+    choose on is every second image, the first included. The oracle chooses on the very masks that
+    it is measured on.
     """
-    first, second = counts["seeds"]
+    first, second = halves
+    both = first + second
     chosen = best_threshold(first)
-    best = best_threshold(first + second)
-    curve = [means(at_threshold(first + second, step)) for step in THRESHOLDS]
-    other_half = f"{where}, every second one"
+    best = best_threshold(both)
+    curve = [means(at_threshold(both, step)) for step in THRESHOLDS]
+    curves = {f"{key} at 0.00, 0.01 ... 1.00": [point[key] for point in curve]
+              for key in ("mIoU", "area")}
     return [
-        summary(at_threshold(second, chosen), classes, what="seeds, own threshold",
-                where=other_half, threshold=f"{chosen:.2f} (chosen on the others)"),
-        summary(at_threshold(counts["pseudo masks"][1], threshold), classes,
-                what="pseudo masks, half", where=other_half, threshold=threshold),
-        summary(at_threshold(first + second, best), classes, what="seeds, oracle", where=where,
-                threshold=f"{best:.2f} (the best of 101, chosen on these very masks)", **{
-                    f"{key} at 0.00, 0.01 ... 1.00": [point[key] for point in curve]
-                    for key in ("mIoU", "area")}),
+        summary(at_threshold(second, chosen), classes, what=f"{what}, own threshold",
+                where=f"{where}, every second one",
+                threshold=f"{chosen:.2f} (chosen on the others)"),
+        summary(at_threshold(both, best), classes, what=f"{what}, oracle", where=where,
+                threshold=f"{best:.2f} (the best of 101, chosen on these very masks)", **curves),
     ]
 
 
@@ -291,8 +292,8 @@ def main():
         help="a run folder (default runs/toy-resnet50); report.json is written into it")
     add("--data", type=Path, help="where the data lies now, if it has moved since stage 1")
     add("--sweep", action="store_true",
-        help="also measure the seeds at their best thresholds: one chosen on every second image "
-             "and measured on the others, and one chosen on all (an oracle)")
+        help="also measure seeds and pseudo masks at their best thresholds: one chosen on every "
+             "second image and measured on the others, and one chosen on all (an oracle)")
     add = parser.add_argument_group("two folders").add_argument
     add("--pred", type=Path, help="a folder of label PNGs to compare with --truth")
     add("--truth", type=Path,
