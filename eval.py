@@ -67,8 +67,8 @@ def at_threshold(counts, threshold):
 def means(confusion):
     """{"mIoU", "FPR", "FNR"}: means over the classes that the truth has; "area" of the foreground.
 
-    The classes are the same at every threshold. Area: predicted over true pixels. None for what
-    would be no number.
+    The classes are the same at every threshold. Area: predicted over true pixels. None where
+    a value is undefined.
     """
     occurs = confusion.sum(1) > 0                               # (C + 1,)
     scores = metrics(confusion)
@@ -115,7 +115,7 @@ def check_truth(counts, truth):
 
 
 def check_names(entry, truth, data, split):
-    """A warning for classes that the labels of images name, but of which no mask has a pixel."""
+    """Warn of classes that the images' labels name but no true mask contains."""
     named = {label for name in truth for label in data[split][name][1] or ()}
     lacking = [name for name in data["classes"] if name in named and name not in entry["truth"]]
     if lacking:
@@ -125,7 +125,7 @@ def check_names(entry, truth, data, split):
 
 
 def check_turns(images):
-    """A warning for photographs that are stored turned, given by their paths."""
+    """Warn of photographs that are stored turned, given by their paths."""
     turned = 0
     for path in filter(Path.is_file, images):
         with usage.reading(path, "cannot be read as an image"), Image.open(path) as image:
@@ -229,7 +229,7 @@ def count_maps(folder, truth, num_classes):
         classes, *both = usage.load_maps(folder / f"maps/{name}.npz", num_classes)
         if both[0].shape[1:] != usage.map_size(true.shape):
             raise usage.InputError(f"{truth[name]}: is {true.shape[1]}x{true.shape[0]}, but its "
-                                   "image has another size; make both the same size")
+                                   "image has a different size; make both the same size")
         for what, maps in zip(counts, both):
             labels = usage.label_map(maps[None], 0, classes)[0]     # (h, w), 0 where all maps are 0
             levels = F.pad(maps, (0, 0, 0, 0, 1, 0)).amax(0)        # (1 + K, h, w) -> (h, w)
@@ -343,7 +343,7 @@ def draw_coco_masks(path, images, classes, folder):
     """Draw true masks from COCO's outlines: small objects over large ones, crowds void.
 
     path: of the annotations; images: the folder of the photographs, which may be stored turned. A
-    mask is turned like its photograph if the outlines were drawn on the stored one, by the size.
+    mask that has the size of the stored photograph is turned upright with it.
     """
     print(f"{path}: drawing the true masks (only once)", flush=True)
     with usage.reading(path, "not COCO's instances: fetch it again", any_shape=True):
@@ -359,7 +359,7 @@ def draw_coco_masks(path, images, classes, folder):
         drawn = folder / f"{name}.png"
         if usage.is_there(drawn):
             continue
-        remedy = f"an outline of {name} cannot be drawn: fetch it again"
+        remedy = f"an outline of {name} cannot be drawn: fetch the file again"
         with usage.reading(path, remedy, any_shape=True):
             mask = np.zeros((image["height"], image["width"]), np.uint8)
             large_first = sorted(
@@ -373,7 +373,7 @@ def draw_coco_masks(path, images, classes, folder):
 
 
 def turned_like(mask, path):
-    """A mask (H, W), turned as its photograph is for viewing, if it has the stored one's size."""
+    """A mask (H, W), turned upright like its photograph if it has the stored photograph's size."""
     with usage.reading(path, "cannot be read as an image"), Image.open(path) as photograph:
         turn = usage.TURNS.get(usage.orientation(photograph))
         if turn is None or photograph.size != mask.shape[::-1]:

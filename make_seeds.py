@@ -33,7 +33,7 @@ import usage
 # finer maps (IRN has 0.5 to 2); Transformers stay near the grid that their position embedding
 # knows. The threshold is a round number in the middle; for pretrained Transformers it was chosen on
 # every second VOC photograph (EVIDENCE.md); eval.py --sweep shows how others do. Patch affinity
-# needs attention that has learnt about objects; from scratch, on the toy, it floods the scene.
+# needs attention that has learnt about objects; trained on the toy alone, it floods the scene.
 RECIPES = {
     ("cnn", "scratch"): dict(threshold=0.4, scales=[1.0, 1.5, 2.0], affinity=False),
     ("transformer", "scratch"): dict(threshold=0.4, scales=[0.75, 1.0, 1.25], affinity=False),
@@ -60,13 +60,13 @@ def parse_arguments():
         help="probability above which a class is predicted (default: the value at which the "
              "training images get as many classes as their labels contain)")
     add("--threshold", type=number(0, 1), help="value of a map above which a pixel is foreground")
-    add("--scales", type=number(0.05, 8), nargs="+", help="sizes of the photograph, added up")
+    add("--scales", type=number(0.05, 8), nargs="+", help="scales of the photograph to sum over")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
         help="add the mirror image (default)")
     add("--affinity", action=argparse.BooleanOptionalAction,
         help="Transformers: spread the maps by the attention among patches")
     add("--refine", action=argparse.BooleanOptionalAction, default=True,
-        help="refine pseudo masks along image edges (default); without, they equal the seeds")
+        help="refine pseudo masks along edges (default); with --no-refine they equal the seeds")
 
     add = parser.add_argument_group("machine").add_argument
     add("--workers", type=number(0, usage.CORES, int), default=usage.WORKERS,
@@ -81,7 +81,7 @@ def parse_arguments():
 
 
 def predict_classes(network, image, settings, args):
-    """Which classes an image (1, 3, H, W) has, by the classifier: (C,) bool."""
+    """Which classes an image (1, 3, H, W) has, according to the classifier: (C,) bool."""
     square = network.fitting_size((settings["size"], settings["size"]))     # as in stage 1
     view = F.interpolate(image, square, mode="bilinear", antialias=True)
     s, alpha = usage.activations_and_alpha(
@@ -162,8 +162,8 @@ def main():
         before = target / "settings.json"
         if before.is_file() and usage.read_json(before, {}, "remove it").get("folder") != made_with[
                 "folder"]:
-            raise usage.InputError(f"{target}: holds the seeds of another folder of that name; "
-                                   "move it away, or rename one of the folders")
+            raise usage.InputError(f"{target}: holds the seeds of a different folder with this "
+                                   "name; move it away, or rename one of the folders")
     usage.lock(args.run)
     with usage.whole_folder(target, made_with, ["seeds", "pseudo_masks", "maps"]) as folder:
         mine = range(usage.RANK, len(ids), usage.WORLD)
@@ -175,7 +175,7 @@ def main():
         # ---- seeds
         photographs = usage.WholePhotographs([images[k] for k in todo], skip=bool(args.images))
         loader = photographs.loader(args.workers)
-        with ThreadPoolExecutor(1) as writer:                   # compresses beside the network
+        with ThreadPoolExecutor(1) as writer:                   # compresses while the network runs
             writing = None
             for (k, (image, size)), _ in usage.counted(zip(todo, loader), len(todo)):
                 if image is None:

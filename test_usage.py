@@ -1567,7 +1567,8 @@ def test_training_epochs_refuse_other_settings_by_name(tmp_path):
     assert list(small_training(path, {"epoch": 0, "log": []}, settings)) == [0, 1, 2]
     for changed in ({"lr": 0.2}, {"seeds": {"threshold": 0.5}}, {"seeds": None}, {"new": 1}):
         name, = changed
-        with pytest.raises(usage.InputError, match=f"a.pt: made with a different {name}; use anot"):
+        line = f"a.pt: made with different settings: {name}; use another --run"
+        with pytest.raises(usage.InputError, match=line):
             list(small_training(path, {"epoch": 0, "log": []}, settings | changed))
 
 
@@ -2139,7 +2140,7 @@ def test_make_seeds_makes_a_folder_of_other_settings_anew(finished, tmp_path, ca
     with pytest.raises(SystemExit):
         stage(*SEGMENT, "--run", run)
     message = capsys.readouterr().err
-    assert "segmenter.pt: made with a different pseudo_masks, seeds; use another --run" in message
+    assert "segmenter.pt: made with different settings: pseudo_masks, seeds; use ano" in message
     output = stage("eval.py", "--run", run)
     assert f"{run}/segmentation: made from other seeds, so not measured" in output
     assert [entry["threshold"] for entry in read(run / "report.json")] == [0.05, 0.05]
@@ -2192,7 +2193,7 @@ def test_stages_after_the_first_keep_the_labels_it_froze(finished, toy, tmp_path
     with pytest.raises(SystemExit):
         stage(*AGAIN, *where)
     message = capsys.readouterr().err
-    assert "classifier.pt: made with a different batch_size" not in message
+    assert "classifier.pt: made with different settings: batch_size" not in message
     assert digest(run) == before
 
 
@@ -2236,7 +2237,7 @@ def test_train_cls_refuses_to_continue_after_a_change_of_the_data(finished, toy,
         with pytest.raises(SystemExit):
             stage(*AGAIN, *where)
         message = capsys.readouterr().err
-        assert f"classifier.pt: made with a different {different}; use another --run" in message
+        assert f"classifier.pt: made with different settings: {different}; use ano" in message
         path.write_bytes(content)
     assert digest(where[-1]) == before
 
@@ -2611,7 +2612,7 @@ def test_train_cls_knows_weights_by_their_content(toy, tmp_path, capsys):
     before = digest(tmp_path / "run")
     with pytest.raises(SystemExit):
         stage(*command, weights)
-    assert re.search("made with a different .*initial", capsys.readouterr().err)
+    assert re.search("made with different settings: .*initial", capsys.readouterr().err)
     assert digest(tmp_path / "run") == before
 
 
@@ -2868,7 +2869,7 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
     "unreadable image, seeds": (SEED, "train_0000.jpg", zeroed(PHOTO)),
     "unreadable image, segmentation": (
         SEG, "train_0000.jpg", both(zeroed(PHOTO), gone(SEGMENTER))),
-    "another photograph of that name": (GO_ON, "with a different photographs", longer(PHOTO)),
+    "another photograph of that name": (GO_ON, "settings: photographs;", longer(PHOTO)),
     "another photograph of that name, seeds": (SEED, "photographs of train", longer(PHOTO)),
     "another photograph of val, seeds": (OF_VAL, "photographs of val", longer(VAL_PHOTO)),
     "another photograph of that name, segmentation": (SEG, "photographs of train", longer(PHOTO)),
@@ -2900,9 +2901,9 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
         [*PAIRS, "RUN/train/seeds", "--classes", "DATA/classes.txt"],
         "5 names, 4 distinct", text(CLASSES, "a\nb\nc\nd\na\n")),
     "labels corrected": (
-        GO_ON, "classifier.pt: made with a different images", labels(list.clear)),
+        GO_ON, "classifier.pt: made with different settings: images", labels(list.clear)),
     "an image left out": (
-        GO_ON, "made with a different images, photographs", lambda path: text(
+        GO_ON, "made with different settings: images, photographs", lambda path: text(
             LIST, "\n".join((path / LIST).read_text().split()[1:]))(path)),
     "COCO without photographs": (
         ON_COCO, "train2014: no such folder", coco_that(lacks="train2014")),
@@ -2927,7 +2928,7 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
 
     # -- the run folder
     "mistyped run": (
-        [*SEEDS, "--run", "NEW"], "with your --data and --backbone to its end, or correct", None),
+        [*SEEDS, "--run", "NEW"], "with your --data and --backbone until it ends, or corr", None),
     "a line's end in a name": ([*SEEDS, "--run", "two\nlines"], "two lines", None),
     "stage 1 not finished": (SEED, "settings.json: No such file", gone(SETTINGS)),
     "settings of stage 1 of another shape": (SEED, "run/settings.json", text(SETTINGS, "[]")),
@@ -2958,7 +2959,7 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
     "no checkpoint": (SEED, "classifier.pt", text(CLASSIFIER, "text")),
     "empty checkpoint": (GO_ON, "classifier.pt", text(CLASSIFIER, "")),
     "checkpoint of another version": (
-        GO_ON, "classifier.pt: made with a different jitter", without_a_setting),
+        GO_ON, "classifier.pt: made with different settings: jitter", without_a_setting),
     "damaged checkpoint, training": (GO_ON, "classifier.pt: is damaged", damaged(CLASSIFIER)),
     "damaged checkpoint, seeds": (SEED, "classifier.pt: is damaged", damaged(CLASSIFIER)),
     "damaged checkpoint, segmentation": (SEG, "segmenter.pt: is damaged", damaged(SEGMENTER)),
@@ -2972,8 +2973,8 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
     "another classifier, segmentation": (
         SEG, "classifier.pt: is not the classifier of settings.json", retrained),
     "checkpoint of another backbone": (
-        [*GO_ON, "--backbone", "resnet18"], "made with a different backbone", None),
-    "training with another lr": ([*GO_ON, "--lr", "0.1"], "made with a different lr", None),
+        [*GO_ON, "--backbone", "resnet18"], "made with different settings: backbone", None),
+    "training with another lr": ([*GO_ON, "--lr", "0.1"], "made with different settings: lr", None),
 
     # -- seeds and segmentation
     "seeds in the folder of the truth": (SEED, "run/train: is in the way", linked_to_the_truth),
@@ -2981,14 +2982,14 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
     "segmentation without seeds": (SEG, "run make_seeds.py", gone("run/train")),
     "lost pseudo mask": (SEG, "train_0000.png: missing; run make_seeds.py", gone(PSEUDO)),
     "empty pseudo mask": (
-        SEG, "run the stage that makes it again", both(text(PSEUDO, ""), gone(SEGMENTER))),
+        SEG, "rerun the stage that makes it", both(text(PSEUDO, ""), gone(SEGMENTER))),
     "other pseudo masks": (
-        SEG, "segmenter.pt: made with a different pseudo_masks", picture(PSEUDO)),
+        SEG, "segmenter.pt: made with different settings: pseudo_masks", picture(PSEUDO)),
     "a pseudo mask emptied": (
-        SEG, "segmenter.pt: made with a different pseudo_masks", text(PSEUDO, "")),
+        SEG, "segmenter.pt: made with different settings: pseudo_masks", text(PSEUDO, "")),
     "other pseudo masks than its own": (
         [*SEG, "--pseudo-masks", "RUN/train/seeds"],
-        "segmenter.pt: made with a different pseudo_masks, seeds",
+        "segmenter.pt: made with different settings: pseudo_masks, seeds",
         picture("run/train/seeds/train_0000.png", value=1)),
     "pseudo mask of another size": (
         SEG, "train_0000.png: is 20x20", both(picture(PSEUDO, 20), gone(SEGMENTER))),
@@ -3002,8 +3003,8 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
         [*SEG, "--pseudo-masks", "RUN/other"], "run/other: no such folder", None),
     "seeds made with nobody knows what": (SEG, "run make_seeds.py", gone(OF_SEEDS)),
     "segmenter of other seeds": (
-        SEG, "segmenter.pt: made with a different seeds", table(OF_SEEDS, threshold=0.3)),
-    "segmenter of another lr": ([*SEG, "--lr", "0.1"], "made with a different lr", None),
+        SEG, "segmenter.pt: made with different settings: seeds", table(OF_SEEDS, threshold=0.3)),
+    "segmenter of another lr": ([*SEG, "--lr", "0.1"], "made with different settings: lr", None),
     "learning from the truth": (
         [*SEG, "--pseudo-masks", "DATA/SegmentationClass"], "folder of the true masks", None),
 
@@ -3026,7 +3027,7 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
     "half a segmentation": (
         EVAL, "val_0000.png: ", cut("run/segmentation/val_0000.png")),
     "lost segmentation": (
-        EVAL, "run the stage that makes it again", gone("run/segmentation/val_0000.png")),
+        EVAL, "rerun the stage that makes it", gone("run/segmentation/val_0000.png")),
     "evaluation without maps": ([*EVAL, "--sweep"], "maps/train_0000.npz", gone(MAPS)),
     "empty maps": (EVAL, "train_0000.npz: ", text(MAPS, "")),
     "maps cut short": (EVAL, "train_0000.npz: ", cut(MAPS)),
@@ -3065,14 +3066,18 @@ BAD_INPUT = {  # what is wrong: the command, what its line must name, what spoil
         [*TRAIN, "--weights", "RUN/classifier.pt"], "pass", None),
     "no weights file": ([*TRAIN, "--weights", "nowhere.pth"], "nowhere.pth", None),
     "a split that is none": ([*SEED, "--split", "../Main/val"], "invalid choice", None),
-    "too many workers": ([*TRAIN, "--workers", "1000"], "--workers: invalid number (0 to", None),
+    "too many workers": (
+        [*TRAIN, "--workers", "1000"], "--workers: 1000: use a whole number from 0 to", None),
     "no such device": ([*TRAIN, "--device", "cuda:7"], "--device cuda:7", None),
     "no such device, seeds": ([*SEED, "--device", "tpu"], "--device tpu", None),
     "no real device": ([*TRAIN, "--device", "meta"], "--device meta", None),
     "batch larger than the data": ([*TRAIN, "--batch-size", "50"], "8 images", None),
     "batch larger than the pseudo masks": ([*SEG, "--batch-size", "50"], "8 images", None),
-    "batch of one": ([*TRAIN, "--batch-size", "1", "--size", "16"], "--batch-size: invalid", None),
-    "endless seed": ([*TRAIN, "--seed", str(2 ** 70)], "--seed: invalid", None),
+    "batch of one": (
+        [*TRAIN, "--batch-size", "1", "--size", "16"],
+        "--batch-size: 1: use a whole number from 2", None),
+    "endless seed": (
+        [*TRAIN, "--seed", str(2 ** 70)], "use a whole number from 0 to 4294967296", None),
     "unknown backbone": ([*TRAIN, "--backbone", "foo"], "invalid choice: 'foo'", None),
     "unknown flag": ([*SEED, "--foo"], "--foo", None),
     "download to nowhere": (["train_cls.py", "--download"], "--data FOLDER", None),
@@ -4329,7 +4334,7 @@ def readme_block(heading, language):
 
 def test_the_readme_snippet_trains(monkeypatch):
     """Its loss falls, and no gradient is left over from the step before."""
-    code = readme_block("Take the loss", "python")
+    code = readme_block("Use the losses in your own code", "python")
     for name in ("consistency_loss", "generation_loss", "learning_status", "chance_loss",
                  "set_adjustment", "ema_teacher", "seed_maps", "label_map"):
         assert re.search(rf"\b{name}\(", code), name

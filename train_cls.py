@@ -4,12 +4,12 @@
     python train_cls.py --data VOC --download --backbone deit_small
     python train_cls.py --temperature inf --reg-weight 0        plain CAM
     python train_cls.py --temperature 0 --reg-weight 0          multiple-instance learning (MIL)
-    torchrun --nproc-per-node 4 -- train_cls.py ...             --batch-size is that of all together
+    torchrun --nproc-per-node 4 -- train_cls.py ...             --batch-size is the total over all 4
 
 Writes into the run folder:
     classifier.pt, classifier.jsonl     the networks after the last complete epoch, and its log
     images.json                         the data as it was found, which later stages read
-    settings.json                       the flags, the mAP, and the score that predicts a class
+    settings.json                       the flags, the mAP, the score above which a class counts
 If interrupted, run it again: it continues after the last complete epoch. It never reads a true mask
 to train; on the toy it draws them with the scenes.
 Next: make_seeds.py.
@@ -41,9 +41,9 @@ import usage
 # PAPER: the rule "CNN: large temperature, Transformer: small temperature". OURS: all numbers; the
 # paper's are not known to us. Temperatures, lambda (reg_weight) and reg_epochs were chosen on every
 # second training image of 1000 VOC photographs (pretrained) or on the toy (scratch), see
-# EVIDENCE.md; the others were hardly searched. The first `epochs` use L_GEN alone; the next
-# `reg_epochs` add L_REG, once the teacher has something to teach. `jitter` is of colours: off on
-# the toy, where they hint at the class.
+# EVIDENCE.md; the others were hardly tuned. The first `epochs` use L_GEN alone; the next
+# `reg_epochs` add L_REG, once the teacher has something to teach. `jitter` is colour jitter: off
+# on the toy, where colours hint at the class.
 RECIPES = {
     ("cnn", "scratch"): dict(
         temperature=math.inf, reg_weight=0.2, reg_temperature=1.0, teacher_temperature=0.7,
@@ -62,7 +62,7 @@ RECIPES = {
         max_rate=0.5, size=224, jitter=0.3, epochs=5, reg_epochs=10, batch_size=16, lr=1e-4,
         weight_decay=0.05),
 }
-# What the name of a run folder says where it is not the default.
+# Flags whose values are added to the name of the run folder where they are not the default.
 OBJECTIVE = (
     "temperature", "attention", "reg_weight", "reg_temperature", "teacher_temperature", "max_rate",
     "weak_ratio", "adaptive", "views", "teacher_decay", "random_seed")
@@ -97,7 +97,7 @@ def parse_arguments():
     add("--reg-temperature", type=number(1e-3, 1e6),
         help="tau2: temperature of the student's distribution in L_REG")
     add("--teacher-temperature", type=number(1e-3, 1e6),
-        help="tau2': temperature of the teacher's; a value below tau2 sharpens the target")
+        help="tau2': temperature of the teacher's distribution; below tau2 it sharpens the target")
     add("--max-rate", type=number(0, 1), help="the student's drop rate at a learning status of 1")
     add("--weak-ratio", type=number(0, 1), default=0.5,
         help="the teacher's drop rate, as a fraction of the student's (default 0.5)")
@@ -160,10 +160,10 @@ def parse_arguments():
 
 @torch.no_grad()
 def see_as_teacher(teacher, images, views, size):
-    """s', the teacher's view: through an adjusted network, or of other images, to compare with.
+    """s', the teacher's activations: from an adjusted network, or of transformed images.
 
     images (B, 3, H, W); views: "adjusted", or "geometric" to mirror them and shrink them to 3/4;
-    size (h, w) of the student's map -> (B, C, h, w), each position where the student's is.
+    size (h, w) of the student's map -> (B, C, h, w), aligned with the student's positions.
     """
     if views == "adjusted":
         return teacher(images)
@@ -287,7 +287,7 @@ def main():
     if not (args.run / "classifier.pt").is_file():
         for name, key in (("images.json", "root"), ("settings.json", "fingerprint")):
             if (args.run / name).is_file():                     # which would be overwritten
-                remedy = "it is not of a run: move it away, or use another --run"
+                remedy = "it does not belong to a run: move it away, or use another --run"
                 usage.read_json(args.run / name, {key: str}, remedy)
     parts = {"student": student, "teacher": teacher, "optimiser": optimiser, "schedule": schedule}
     progress = {"epoch": 0, "log": [], "running_l_gen": math.log(2)}        # that of zero logits
@@ -379,7 +379,7 @@ DEIT_FILES = {
     "deit_small": "deit_small_patch16_224-cd65a155",
     "deit_base": "deit_base_patch16_224-b5f2ef4d",
 }
-DEIT_NAMES = (          # its names of weights and torchvision's, to be replaced in this order
+DEIT_NAMES = (          # DeiT's names of weights and torchvision's, replaced in this order
     ("blocks.", "encoder.layers.encoder_layer_"),
     (".norm1.", ".ln_1."),
     (".norm2.", ".ln_2."),
@@ -402,7 +402,7 @@ def pretrained_weights(backbone, weights):
     """
     if weights == "none":
         return None
-    remedy = "pass --weights FILE with a state dict, imagenet, or none"
+    remedy = "pass --weights FILE (a state dict), --weights imagenet or --weights none"
     with usage.reading(f"weights {weights} of {backbone}", remedy, any_shape=True):
         if weights != "imagenet":
             state = usage.load_checkpoint(Path(weights), {}, remedy)
@@ -460,8 +460,8 @@ def download_voc(root):
     devkit = root / "VOCdevkit"
     partial = root / "VOC.partial"
     partial.mkdir(parents=True, exist_ok=True)
-    with usage.reading(f"PASCAL VOC 2012 into {root}", "fetch VOCtrainval_11-May-2012.tar by hand, "
-                       "unpack it there and leave --download out"):
+    remedy = "fetch VOCtrainval_11-May-2012.tar by hand, unpack it there and omit --download"
+    with usage.reading(f"download of PASCAL VOC 2012 into {root}", remedy):
         torchvision.datasets.VOCSegmentation(partial, year="2012", image_set="train", download=True)
     devkit.mkdir(exist_ok=True)
     (partial / "VOCdevkit/VOC2012").rename(devkit / "VOC2012")
@@ -496,7 +496,7 @@ def read_voc(root):
     """The data of a folder in PASCAL VOC's layout, or the one that VOC's archive was unpacked in.
 
         JPEGImages/<id>.jpg (.png, .tif, ...)
-        ImageSets/Segmentation/train.txt    one id per line; train_aug.txt or trainaug.txt before it
+        ImageSets/Segmentation/train.txt    one id per line; train_aug.txt or trainaug.txt wins
         ImageSets/Segmentation/val.txt      if there are images to segment
         labels.json                         {id: [class names]}; without it Annotations/<id>.xml
         classes.txt                         one name per line; without it VOC's 20
@@ -625,15 +625,15 @@ def draw_toy(root, train=800, val=200, side=128):
     """Draw the toy once: little creatures (critters), to provoke the failures the paper reports.
 
     A critter's small patterned head gives its class away; its long body has the class's hue in most
-    critters only, so that a CNN may be content with the head. Most lie in a soft glow of the
-    class's, which is not part of them and over which a Transformer's seed spreads. Pebbles come in
-    all hues. The same pictures on every machine, up to the JPEG library. Returns root; writes
-    nothing if its labels are there.
+    critters only, so that a CNN may be content with the head. Most lie in a soft glow, whose hue
+    also depends on the class; it is not part of them, but a Transformer's seed spreads over it.
+    Pebbles come in all hues. The pictures are the same on every machine, up to the JPEG library's
+    rounding. Returns root; writes nothing if its labels are there.
     """
     if (root / "labels.json").is_file():
         return root
     if root.exists():
-        raise usage.InputError(f"{root}: is in the way, and not the toy; move it to another name")
+        raise usage.InputError(f"{root}: is in the way, and is not the toy; rename it")
     partial = root.with_name(f".partial-{os.getpid()}-{root.name}")
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (partial / folder).mkdir(parents=True, exist_ok=True)

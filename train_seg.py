@@ -102,7 +102,7 @@ def predict(segmenter, image, longer, refine):
     for s in logits:
         s = F.interpolate(s.float(), image.shape[2:], mode="bilinear", align_corners=False)
         votes = votes + s.softmax(1)                                        # (1, C + 1, h, w)
-    # A class's share against the background is above 0.5 where it beats it.
+    # A class's share is above 0.5 where the class has more votes than the background.
     share = votes[:, 1:] / (votes[:, 1:] + votes[:, :1])                    # (1, C, h, w)
     classes = (share.amax((0, 2, 3)) > 0.1).nonzero()[:, 0]                 # (K,) those in question
     share = share[:, classes]

@@ -12,7 +12,7 @@ say (the paper may), with the reason for our choice.
     2. Seeds        seed_maps, spread_activations (patch affinity), label_map, refine_maps:
                     the field's protocol
     3. Networks     build_network: a CNN or a Transformer that maps images to activations
-    4. Plumbing     images and masks, the run folder, the frame of a training
+    4. Plumbing     images and masks, the run folder, the loop over epochs
 
 The functions of sections 1 and 2 need `import torch` and `import torch.nn.functional as F` only,
 and do not call each other: any one of them can be copied.
@@ -42,7 +42,7 @@ import traceback
 import unicodedata
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +167,7 @@ def learning_status(running_loss, chance):
         q = max(0, 1 - running L_GEN / chance)
 
     running_loss >= 0, chance > 0 (see `chance_loss`; inf gives 1), floats -> float in [0, 1].
-    Raises ValueError otherwise. Source: Sec. 4.2. OURS: the scale. The paper adapts to a "learning
+    Raises ValueError otherwise. Source: Sec. 4.2. OURS: the scale. The paper names a "learning
     status"; we measure it against `chance_loss`.
     """
     if not (running_loss >= 0 and chance > 0):
@@ -180,12 +180,13 @@ def set_adjustment(network, rate):
     """Set how much a network drops: residual branches, and features before the classifier.
 
     Of n branches the k-th, in module order, gets the drop rate `rate * k / n`, and
-    `network.dropout` gets `rate`. A branch is a module named StochasticDepth (torchvision) or
-    DropPath (timm), which skips it for individual images. Rates that were there are overwritten.
+    `network.dropout` gets `rate`. A branch is recognised by its module of class StochasticDepth
+    (torchvision) or DropPath (timm), which skips it for individual images. Existing rates are
+    overwritten.
     Both kinds of dropping act in training mode only; at rate 0 the network is the plain one.
 
     network: may be wrapped, as by DistributedDataParallel or AveragedModel; rate in [0, 1]
-    -> the number of branches found. Raises ValueError for another rate, or without a
+    -> the number of branches found. Raises ValueError for any other rate, or without a
     `network.dropout`. Source: Sec. 4.2; the paper's figure shows parts of layers dropped.
     """
     if not 0 <= rate <= 1:
@@ -256,7 +257,7 @@ def seed_maps(activations, size):
 
 
 def spread_activations(activations, affinity):
-    """Patch affinity, for Transformers: each patch receives what the patches it attends to have.
+    """Patch affinity: each patch of a Transformer receives the activations that it attends to.
 
         s[c,i] <- sum_j A[i,j] * ReLU(s[c,j])
 
@@ -310,7 +311,7 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
     reach = max(dilations)
 
     def windows(canvas):
-        """The 3 x 3 pixels around each at each dilation: 6 views (3, 3, B, _, h, w) of a canvas."""
+        """3 x 3 windows around every pixel, by dilation: 6 views (3, 3, B, _, h, w) of a canvas."""
         views = []
         for d in dilations:
             inner = canvas[..., reach - d:reach + h + d, reach - d:reach + w + d]
@@ -352,10 +353,10 @@ def refine_maps(images, maps, threshold, dilations=(1, 2, 4, 8, 12, 24), iterati
 CNNS = ("mobilenet_v2", "resnet18", "resnet50", "resnet101")
 DEITS = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}   # width D, heads
 BACKBONES = CNNS + tuple(DEITS)
-STRIDE = 16             # pixels a position of the map stands for: the field's custom, DeiT's patch
+STRIDE = 16             # pixels per position of the map: usual in the field, and DeiT's patch size
 AFFINITY_BLOCKS = 6     # OURS: the mean over the last blocks, see EVIDENCE; MCTformer sums over all
 TO_TENSOR = v2.PILToTensor()            # a PIL image -> 8-bit (3, H, W)
-NORMALISE = v2.Compose([                # 8-bit images -> float32 in ImageNet's mean and deviation
+NORMALISE = v2.Compose([                # 8-bit images -> float32, by ImageNet's mean and deviation
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 ])
@@ -564,8 +565,8 @@ class InputError(Exception):
 def reading(path, remedy, any_shape=False):
     """Turn whatever fails inside into an InputError: the path, the reason in short, the remedy.
 
-    A mistake in this project's own code stays what it is, and so does a full memory. any_shape: the
-    file's contents are not checked yet, so that an error of types is theirs.
+    An error in this project's own code is raised unchanged, and so is a MemoryError. any_shape: the
+    file's contents have not been checked yet, so a TypeError is blamed on them too.
     """
     try:
         yield
@@ -582,7 +583,7 @@ def reading(path, remedy, any_shape=False):
 
 @contextmanager
 def one_line_errors(how_to_go_on):
-    """End a script on bad input, a full disk or a full memory with one line and exit code 2.
+    """End a script with one line and exit code 2 on bad input, a full disk, or too little memory.
 
     Ctrl-C ends it at once with exit code 130: no file is ever half written.
     """
@@ -624,12 +625,12 @@ def one_line_errors(how_to_go_on):
 
 
 def memory_error(error):
-    """What to do about an error of memory, a str; None for an error of another kind."""
+    """What to do about a memory error, a str; None for any other error."""
     text = str(error)
     for sign in ("shared memory", "</torch_", "killed by signal", "exited unexpectedly"):
         if sign in text:
             return ("a process that loads images ran out of (shared) memory: use --workers 0, or "
-                    "give a container more, as by docker run --shm-size 2g")
+                    "give the container more, for example with docker run --shm-size 2g")
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if out_of_memory or "allocate memory" in text:
         return "out of memory: use a smaller --batch-size, --size or --scales, or fewer --workers"
@@ -661,11 +662,12 @@ class CommandLine(argparse.ArgumentParser):
 def number(low, high, kind=float):
     """A type for argparse: a number of this kind, from low to high; rejects NaN."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-    parse.__name__ = f"number ({low} to {high})"                # argparse names it in its message
+        with suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high:
+                return value
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"{text}: use a {whole}number from {low} to {high}")
     return parse
 
 
@@ -709,7 +711,7 @@ def start_processes(device):
         raise InputError(f"--device {device}: each process takes a card of its own; use cuda")
     if device == "cuda":
         device = f"cuda:{CARD}"
-    remedy = "it is not on this machine, or in use: use cpu or fewer processes"
+    remedy = "it is missing or already in use: use cpu or fewer processes"
     with reading(f"--device {device}", remedy):
         torch.zeros(1, device=device).item()
     device = torch.device(device)
@@ -726,7 +728,7 @@ def start_processes(device):
 
 
 def wait_for_all():
-    """Go on when every process has come here."""
+    """Wait until every process has reached this point."""
     if WORLD > 1:
         torch.distributed.barrier()
 
@@ -754,7 +756,7 @@ def from_first(function, *arguments):
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
 VOID = 255                          # the value of mask pixels that no metric and no loss counts
-MAP_SIDE = 1024                     # OURS: the longer side of seed maps at most, in pixels
+MAP_SIDE = 1024                     # OURS: the longer side of seed maps is at most this, in pixels
 BITS = np.arange(256)[:, None] >> 3 * np.arange(8)[:, None, None] + np.arange(3) & 1
 VOC_PALETTE = (BITS << np.arange(7, -1, -1)[:, None, None]).sum(0).astype(np.uint8)     # (256, 3)
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -786,7 +788,7 @@ def read_classes(path):
 
 
 def check_classes(names, path):
-    """The class names that a file lists; InputError if one stands twice or they are too many."""
+    """The class names that a file lists; InputError if one is repeated or there are too many."""
     if len(set(names)) < len(names) or len(names) > VOID - 1:
         raise InputError(f"{path}: {len(names)} names, {len(set(names))} distinct; list at "
                                f"most {VOID - 1}, each once")
@@ -832,7 +834,7 @@ def read_image(path):
         if turn is not None:
             image = image.transpose(turn)
         if image.mode.startswith("I") or image.mode == "F":
-            # Deep grey: 65535, or the maximum of floats, becomes 255.
+            # Grey beyond 8 bits: 65535, or the maximum of floats, becomes 255.
             grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
             white = max(1e-9, grey.max()) if image.mode == "F" else 65535
             image = Image.fromarray((grey * (255 / white)).clip(0, 255).astype(np.uint8))
@@ -848,7 +850,7 @@ def read_mask(path, size, num_classes):
     size: the (H, W) that it must have, None for any. InputError if it is missing, unreadable, in
     colour, of another size, or has a value above num_classes.
     """
-    remedy = "cannot be read as a mask: replace it, or run the stage that makes it again"
+    remedy = "cannot be read as a mask: replace it, or rerun the stage that makes it"
     with reading(path, remedy), Image.open(path) as image:
         mode = image.mode
         mask = np.array(image)
@@ -888,9 +890,9 @@ def resized_labels(labels, size):
 class Photographs(torch.utils.data.Dataset):
     """Pairs of an 8-bit image (3, H, W) and its target, through one v2 transform.
 
-    images: paths. targets: labels (images, C), of which an item is (C,), or a list of paths of
-    label maps of num_classes classes, then (H, W) uint8. What is random in an item follows from
-    the random seed, epoch and index alone, not from the number of workers or processes.
+    images: paths. targets: labels (images, C), one row (C,) per item; or a list of paths of label
+    maps of num_classes classes, each read as (H, W) uint8. What is random in an item depends on
+    the random seed, epoch and index alone, not on the number of workers or processes.
     """
 
     def __init__(self, images, targets, num_classes, transform, random_seed=0):
@@ -949,8 +951,8 @@ def training_loader(photographs, batch_size, workers, device):
     """A DataLoader of shuffled batches, `batch_size` over all processes; InputError if too few."""
     if batch_size % WORLD or not 2 * WORLD <= batch_size <= len(photographs):
         raise InputError(f"--batch-size {batch_size}: there are {len(photographs)} images; it must "
-                         f"be at most that number, a multiple of the {WORLD} processes, and at "
-                         "least 2 for each")
+                         f"be at most that number, a multiple of {WORLD} (the number of "
+                         "processes), and at least 2 per process")
     # DistributedSampler adds the epoch to its seed: the orders of two random seeds must not meet.
     sampler = torch.utils.data.DistributedSampler(
         photographs, WORLD, RANK, seed=10**6 * photographs.random_seed, drop_last=True)
@@ -961,8 +963,8 @@ def training_loader(photographs, batch_size, workers, device):
 
 # ---- The run folder ------------------------------------------------------------------------------
 #
-#     images.json       the data as stage 1 found it: classes, and of each split the images' labels
-#     settings.json     what stage 1 was run with and what it learnt: written last, so it is done
+#     images.json       the data as stage 1 found it: classes, and the image labels of each split
+#     settings.json     what stage 1 was run with and what it learnt; if present, stage 1 is done
 #     classifier.pt     its networks, optimiser and log after the last complete epoch
 #     train/, val/, segmentation/ ...   results of a later stage, complete or not there at all
 #
@@ -973,7 +975,7 @@ def training_loader(photographs, batch_size, workers, device):
 @contextmanager
 def written(path):
     """Yield a temporary path that becomes `path` at the end: no partial file has that name."""
-    # A name has 255 bytes at most, so that only its end fits.
+    # A name has 255 bytes at most, so only its end is kept.
     temporary = path.with_name(f".partial-{os.getpid()}-{path.name[-40:]}")
     try:
         yield temporary
@@ -1032,7 +1034,7 @@ def sizes_of(images):
 def lock(run):
     """Make a run folder, and keep other processes from writing into it until this one ends.
 
-    InputError if one is at work there.
+    InputError if one is already writing there.
     """
     if RANK > 0:
         return
@@ -1054,16 +1056,16 @@ def lock(run):
 def whole_folder(path, settings, parts=()):
     """Yield a folder to fill that becomes `path` at the end: `path` is complete or not there.
 
-    parts: folders in it. An interrupted run of equal settings leaves PATH.partial, which is then
-    continued; that of other settings is removed. InputError if `path` is not a folder of results.
+    parts: folders in it. An interrupted run leaves PATH.partial, which is continued if its settings
+    are the same, and removed if they differ. InputError if `path` is not a folder of results.
     """
     partial = path.with_name(f"{path.name}.partial")
     if path.exists() and not (path / "settings.json").is_file():
-        raise InputError(f"{path}: is in the way, and not a folder of results; move it away")
+        raise InputError(f"{path}: is in the way, and is not a folder of results; move it away")
     made_with = partial / "settings.json"
     left_there = [file for file in partial.rglob("[!.]*") if file.is_file()]
     if left_there and not made_with.is_file():
-        raise InputError(f"{partial}: is in the way, and not of an interrupted run; move it away")
+        raise InputError(f"{partial}: is in the way, and no interrupted run left it; move it away")
     wait_for_all()                                      # nobody writes before all have looked
     if RANK == 0:
         wanted = json.dumps(settings, indent=1).encode()        # as write_json writes them
@@ -1086,7 +1088,7 @@ def whole_folder(path, settings, parts=()):
 
 
 def moved_away(path):
-    """Rename a folder that is to be removed, which can be interrupted; its new name."""
+    """Rename a folder before its removal, which may be interrupted; return the new name."""
     old = path.with_name(f".partial-old-{path.name}")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -1095,7 +1097,7 @@ def moved_away(path):
 
 
 def is_there(path):
-    """Whether a result is a file with something in it: a power cut can leave the name alone."""
+    """Whether a result is a file with contents: a power cut can leave an empty file."""
     return path.is_file() and path.stat().st_size > 0
 
 
@@ -1114,25 +1116,25 @@ def load_checkpoint(path, kinds, remedy):
 
 def read_run(run):
     """The settings.json and images.json of a finished stage 1, unchanged since then."""
-    remedy = f"run train_cls.py --run {run} with your --data and --backbone to its end, or " \
-             "correct --run"
+    remedy = (f"run train_cls.py --run {run} with your --data and --backbone until it ends, or "
+              "correct --run")
     settings = read_json(run / "settings.json", {"fingerprint": str}, remedy)
     data = read_json(run / "images.json", {"root": str}, remedy)
     frozen = {key: value for key, value in settings.items() if key != "fingerprint"}
     if fingerprint(frozen) != settings["fingerprint"]:
-        raise InputError(f"{run}/settings.json: was edited; give the same train_cls.py command "
+        raise InputError(f"{run}/settings.json: was edited; run the same train_cls.py command "
                          "again")
     frozen = {key: value for key, value in data.items() if key != "root"}
     if fingerprint(frozen) != settings["images"]:
         raise InputError(f"{run}/images.json: differs from the data that the classifier was "
-                         "trained on; give the same train_cls.py command again")
+                         "trained on; run the same train_cls.py command again")
     return settings, data
 
 
 def load_classifier(run, settings, num_classes):
     """The student of a finished stage 1."""
     path = run / "classifier.pt"
-    remedy = f"give the same train_cls.py command again, or correct --run {run}"
+    remedy = f"run the same train_cls.py command again, or correct --run {run}"
     state = load_checkpoint(path, {"student": dict}, remedy)
     frozen = settings["weights"] != "none"
     network = build_network(settings["backbone"], num_classes, frozen=frozen)
@@ -1146,7 +1148,7 @@ def load_classifier(run, settings, num_classes):
 def read_split(data, split, settings, root=None):
     """A split of images.json: ids, paths, labels (images, C) in {0, 1}.
 
-    root: where the data lies by now. InputError if a photograph was replaced since stage 1.
+    root: where the data lies now. InputError if a photograph was replaced since stage 1.
     """
     index = {name: c for c, name in enumerate(data["classes"])}
     entries = data[split]
@@ -1155,13 +1157,13 @@ def read_split(data, split, settings, root=None):
         row[[index[name] for name in names or ()]] = 1          # names: None where unknown
     paths = [Path(root or data["root"], image) for image, _ in entries.values()]
     if sizes_of(paths) != settings["photographs"].get(split):
-        raise InputError(f"photographs of {split}: some are not those of stage 1; restore them, or "
+        raise InputError(f"photographs of {split}: some changed after stage 1; restore them, or "
                          "train again in another --run")
     return list(entries), paths, labels
 
 
 def true_masks(data, split, root=None):
-    """{id: path} of the true masks there are of a split."""
+    """{id: path} of the true masks that exist for a split."""
     folder = Path(root or data["root"], data["masks"][split])
     try:
         masks = image_files(folder, (".png",))
@@ -1171,7 +1173,7 @@ def true_masks(data, split, root=None):
 
 
 def training_epochs(path, settings, parts, progress, epochs, loader):
-    """The frame of a training: continue where it stopped, yield each epoch left, save after it.
+    """The loop over epochs: continue where it stopped, yield each remaining epoch, save after it.
 
     path of the checkpoint, its log beside it; parts {name: object with a state_dict}; progress:
     "epoch", how many are done, "log", a list of records, and what else the loop keeps there.
@@ -1183,7 +1185,8 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
         before = state["settings"]
         changed = [key for key in settings if settings[key] != before.get(key)]
         if changed and changed != ["weights"]:                  # whose contents are in "initial"
-            raise InputError(f"{path}: made with a different {', '.join(changed)}; {remedy}")
+            raise InputError(f"{path}: made with different settings: {', '.join(changed)}; "
+                             f"{remedy}")
         with reading(path, remedy):
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -1205,7 +1208,7 @@ def training_epochs(path, settings, parts, progress, epochs, loader):
         with written(path) as temporary, temporary.open("wb") as file:
             try:
                 torch.save({"settings": settings, "progress": progress, **states}, file)
-            except RuntimeError as error:                       # torch's way to say: disk full
+            except RuntimeError as error:                       # torch's way of saying: disk full
                 raise OSError(f"{path} could not be written") from error
             file.flush()
             os.fsync(file.fileno())     # or a power cut may leave the name without the contents
@@ -1221,9 +1224,9 @@ def write_log(path, log):
 
 
 def counted(items, total, done=0, step=1, log=None):
-    """Yield each item with an empty record for its values, and show both as progress.
+    """Yield each item with an empty record for its values; print the values and the progress.
 
-    total, done: images in all, and those of earlier epochs; step: images of an item; log: a list
+    total, done: images in all, and those of earlier epochs; step: images per item; log: a list
     that gets every tenth record, and the last. InputError for a value that is not finite.
     """
     start = time.time()
