@@ -121,7 +121,7 @@ def parse_arguments():
         help="epochs of the second cycle, with L_GEN + lambda * q * L_REG, at half the peak "
              "learning rate")
     add("--batch-size", type=number(2, 10**6, int),
-        help="images of a step, over all processes; halve it when memory runs out")
+        help="images per step, over all processes; halve it if memory runs out")
     add("--lr", type=number(0, 1e6),
         help="peak learning rate; the classifier of a pretrained network gets 10 times that")
     add("--weight-decay", type=number(0, 1e6), help="AdamW's weight decay")
@@ -456,7 +456,7 @@ def prepare_data(root, download):
 
 
 def download_voc(root):
-    """PASCAL VOC 2012 in VOCdevkit/VOC2012, which is complete or not there."""
+    """PASCAL VOC 2012 in VOCdevkit/VOC2012, which is either complete or absent."""
     devkit = root / "VOCdevkit"
     partial = root / "VOC.partial"
     partial.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def parse_arguments():
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(1, 10**6, int), help="passes over the pseudo masks")
     add("--batch-size", type=number(2, 10**6, int),
-        help="images of a step, over all processes; halve it when memory runs out")
+        help="images per step, over all processes; halve it if memory runs out")
     add("--lr", type=number(0, 1e6),
         help="initial learning rate of the trunk; the new head gets 10 times that")
     add("--seed", dest="random_seed", type=number(0, 2**32, int), default=0,
