@@ -11,7 +11,7 @@ Writes a folder into the run, train/, val/ or images-FOLDER/, with
     seeds.png                 photograph | heat map | seed | pseudo mask | truth, of some images
     labels.json               the predicted classes (with --split val or --images only)
     settings.json             the settings that made this folder
-The folder is complete or absent: until then its name ends in .partial. If interrupted, run
+While the folder is being made, its name ends in .partial. If interrupted, run
 the same command again: it continues. True masks are read only for the last column of seeds.png.
 Next: train_seg.py, or eval.py.
 """

@@ -223,6 +223,7 @@ def ema_teacher(student, decay):
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
 
     def average_or_copy(teachers, students, updates):
+        """Update a group of the teacher's tensors of one type from the student's."""
         if teachers[0].is_floating_point():
             average(teachers, students, updates)
         else:
@@ -656,6 +657,7 @@ class CommandLine(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
+        """Argparse's complaint, in this project's one line."""
         raise InputError(message)
 
 
