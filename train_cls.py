@@ -41,26 +41,22 @@ import usage
 # PAPER: the rule "CNN: large temperature, Transformer: small temperature". OURS: all numbers; the
 # paper's are not known to us. Temperatures, lambda (reg_weight) and reg_epochs were chosen on every
 # second training image of 1000 VOC photographs (pretrained) or on the toy (scratch), see
-# EVIDENCE.md; the others were hardly tuned. The first `epochs` use L_GEN alone; the next
-# `reg_epochs` add L_REG, once the teacher has something to teach. `jitter` is colour jitter: off
-# on the toy, where colours hint at the class.
+# EVIDENCE.md; the others were hardly tuned. Networks from scratch differ in temperature and size
+# alone. The first `epochs` use L_GEN alone; the next `reg_epochs` add L_REG, once the teacher has
+# something to teach. `jitter` is colour jitter: off on the toy, where colours hint at the class.
+SCRATCH = dict(
+    reg_weight=0.2, reg_temperature=1.0, teacher_temperature=0.7, max_rate=0.5, jitter=0.0,
+    epochs=3, reg_epochs=2, batch_size=16, lr=1e-3, weight_decay=0.05)
+PRETRAINED = dict(
+    reg_temperature=2.0, teacher_temperature=0.4, max_rate=0.5, jitter=0.3,
+    batch_size=16, lr=1e-4, weight_decay=0.05)
 RECIPES = {
-    ("cnn", "scratch"): dict(
-        temperature=math.inf, reg_weight=0.2, reg_temperature=1.0, teacher_temperature=0.7,
-        max_rate=0.5, size=81, jitter=0.0, epochs=3, reg_epochs=2, batch_size=16, lr=1e-3,
-        weight_decay=0.05),
-    ("transformer", "scratch"): dict(
-        temperature=3.0, reg_weight=0.3, reg_temperature=1.0, teacher_temperature=1.0,
-        max_rate=0.5, size=112, jitter=0.0, epochs=6, reg_epochs=2, batch_size=16, lr=1e-3,
-        weight_decay=0.05),
+    ("cnn", "scratch"): dict(temperature=math.inf, size=81, **SCRATCH),
+    ("transformer", "scratch"): dict(temperature=3.0, size=112, **SCRATCH),
     ("cnn", "pretrained"): dict(
-        temperature=30.0, reg_weight=1.0, reg_temperature=2.0, teacher_temperature=0.4,
-        max_rate=0.5, size=225, jitter=0.3, epochs=4, reg_epochs=4, batch_size=16, lr=1e-4,
-        weight_decay=0.05),
+        temperature=30.0, size=225, reg_weight=1.0, epochs=4, reg_epochs=4, **PRETRAINED),
     ("transformer", "pretrained"): dict(
-        temperature=6.0, reg_weight=0.3, reg_temperature=2.0, teacher_temperature=0.4,
-        max_rate=0.5, size=224, jitter=0.3, epochs=5, reg_epochs=10, batch_size=16, lr=1e-4,
-        weight_decay=0.05),
+        temperature=6.0, size=224, reg_weight=0.3, epochs=5, reg_epochs=10, **PRETRAINED),
 }
 # Flags whose values are added to the name of the run folder where they are not the default.
 OBJECTIVE = (
