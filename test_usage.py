@@ -1862,7 +1862,7 @@ def test_stages_of_a_cnn_in_turn(finished, toy, tmp_path):
     assert "val, 4 images: mAP" in printed[0]
     for output, script in zip(printed, ("make_seeds.py", "train_seg.py", "eval.py")):
         assert re.search(rf"next: .*python {script} --run {run}\b", output)
-    for output, setting in zip(printed, ("temperature inf", "threshold 0.4", "lr 0.0003")):
+    for output, setting in zip(printed, ("temperature inf", "threshold 0.5", "lr 0.0003")):
         output = " ".join(output.split())
         assert output.startswith("settings: run ")
         assert f" {setting}, " in output                        # which nobody gave
@@ -1895,7 +1895,7 @@ def test_stages_write_settings_that_contain_those_before(finished):
     segmented = read(run / "segmentation/settings.json")
     assert (trained["backbone"], trained["lr"], trained["epochs"]) == ("mobilenet_v2", 0.006, 1)
     assert seeds["classifier"] == trained
-    assert (seeds["threshold"], seeds["scales"], seeds["refine"]) == (0.4, [1.0, 2.0], True)
+    assert (seeds["threshold"], seeds["scales"], seeds["refine"]) == (0.5, [1.0, 2.0], True)
     assert segmented["classifier"] == trained
     assert segmented["seeds"] == seeds
     assert (segmented["lr"], segmented["refine"]) == (0.0003, True)
@@ -1919,10 +1919,10 @@ def test_eval_measures_what_the_stages_wrote(finished, toy, tmp_path):
     assert own["where"] == own_refined["where"] == f"{fixed['where']}, every second one"
     for at_default, best in ((fixed, oracle), (refined, oracle_refined)):
         curve = best["mIoU at 0.00, 0.01 ... 1.00"]
-        assert at_default["mIoU"] == pytest.approx(curve[40])   # the PNGs are the maps at 0.40
+        assert at_default["mIoU"] == pytest.approx(curve[50])   # the PNGs are the maps at 0.50
         assert best["mIoU"] == max(curve)
         assert "chosen on these very masks" in best["threshold"]
-    assert "given labels, threshold 0.4\n" in printed[3]
+    assert "given labels, threshold 0.5\n" in printed[3]
     names = (toy / "classes.txt").read_text().split()
     (tmp_path / "classes.txt").write_text("\ufeff\n" + "\n\n".join(names) + " \n")
     pairs = ["eval.py", "--pred", run / "train/seeds", "--truth", toy / "SegmentationClass"]
