@@ -39,12 +39,12 @@ import usage
 
 # The defaults, by kind of network and of initial weights: ImageNet's, or none ("scratch").
 # PAPER: the rule "CNN: large temperature, Transformer: small temperature". OURS: all numbers; the
-# paper's are not known to us. Temperatures, lambda (reg_weight) and reg_epochs were chosen on every
-# second training image of 1000 VOC photographs (pretrained) or on the toy (scratch), see
-# EVIDENCE.md; the others were hardly tuned. Networks from scratch differ in temperature, size and
-# epochs alone. The first `epochs` use L_GEN alone; the next `reg_epochs` add L_REG, once the
-# teacher has something to teach. `teacher_decay` is lower where training is short, so that the
-# teacher keeps up. `jitter` is colour jitter: off on the toy, where colours hint at the class.
+# paper's are not known to us. What EVIDENCE.md's section 8 lists was chosen on every second
+# training image of 1000 VOC photographs (pretrained) or on the toy (scratch); the others were
+# hardly tuned. Networks from scratch differ in temperature, size and epochs alone. The first
+# `epochs` use L_GEN alone; the next `reg_epochs` add L_REG, once the teacher has something to
+# teach. `teacher_decay` is lower where training is short, so that the teacher keeps up. `jitter`
+# is colour jitter: off on the toy, where colours hint at the class.
 SCRATCH = dict(
     reg_weight=1.0, reg_temperature=1.0, teacher_temperature=0.85, max_rate=0.5,
     teacher_decay=0.95, jitter=0.0, batch_size=16, lr=1e-3, weight_decay=0.05)
